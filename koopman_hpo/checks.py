@@ -1,0 +1,178 @@
+"""What is refused at the door of an inner run, before any state changes."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import optimizers
+from .errors import AdapterError, HyperparameterError, ShapeError, nearest
+from .hyperparameters import IDENTITY, Space
+from .optimizers import Rule
+from .problem import Array, Problem
+
+_KNOWN = frozenset(
+    name
+    for rule in (
+        optimizers.sgd(False),
+        optimizers.adam(False),
+        optimizers.rmsprop(False),
+        optimizers.adagrad(0.0),
+        optimizers.lion(),
+    )
+    for name in rule.defaults
+)
+
+
+def problem(call: str, model: Problem, space: Space) -> None:
+    if not isinstance(model, Problem):
+        raise AdapterError(
+            f"{call}: the first argument must be a Problem, got {type(model).__name__}. Make one with an adapter, for "
+            f"instance koopman_hpo_adapters.numpy.problem(params, grad=..., outer=...)."
+        )
+    if not isinstance(space, Space):
+        raise HyperparameterError(f"{call}: the second argument must be a Space, got {type(space).__name__}.")
+
+
+def groups(call: str, model: Problem, lengths: Iterable[int] | None) -> tuple[int, ...]:
+    if lengths is None:
+        return model.segments or (model.params.size,)
+    out = tuple(int(n) for n in lengths)
+    if sum(out) != model.params.size or min(out, default=0) < 1:
+        raise ShapeError(
+            f"{call}: groups must be positive lengths that sum to p = {model.params.size}, got {out} with sum {sum(out)}."
+        )
+    return out
+
+
+def names(call: str, model: Problem, space: Space, rule: Rule) -> tuple[str, ...]:
+    """The names of the space that belong to the loss, or an error about one that belongs to nobody."""
+    own = set(rule.defaults)
+    clash = own & (model.hyper or frozenset())
+    if clash:
+        raise HyperparameterError(
+            f"{call}: {sorted(clash)} name hyperparameters of the optimizer and of the loss alike. Rename the loss's."
+        )
+    loss = tuple(n for n in space.names if n not in own)
+    for name in loss:
+        if model.hyper is not None:
+            if name not in model.hyper:
+                known = sorted(own | model.hyper)
+                raise HyperparameterError(
+                    f"{call}: unknown hyperparameter {name!r}; {rule.name} and this model have {known}."
+                    + nearest(name, known)
+                )
+        elif name in _KNOWN:
+            raise HyperparameterError(
+                f"{call}: {rule.name} has no {name!r}; it has {sorted(own)}. If the loss has one, say so: "
+                f"problem(..., hyper={{{name!r}}})."
+            )
+        elif difflib.get_close_matches(name, own, n=1, cutoff=0.8):
+            raise HyperparameterError(
+                f"{call}: unknown hyperparameter {name!r}." + nearest(name, own) + " If it belongs to the loss, say so: "
+                f"problem(..., hyper={{{name!r}}})."
+            )
+    return loss
+
+
+def fixed(call: str, rule: Rule, space: Space, given: Mapping[str, Any], n: int) -> dict[str, Array]:
+    """`{name: (n,)}` of what is not tuned, from the caller's values and the defaults."""
+    out = {}
+    for name, default in rule.defaults.items():
+        value = given.get(name)
+        if name in space:
+            if value is not None:
+                raise HyperparameterError(
+                    f"{call}: {name} is tuned by the space and fixed to {value!r} by keyword. Leave one of them out."
+                )
+            continue
+        value = default if value is None else value
+        if value is None:
+            raise HyperparameterError(f"{call}: {name} is neither in the space nor given. Pass {name}=... or tune it.")
+        array = np.asarray(value, np.float64)
+        if array.shape not in ((), (n,)):
+            raise ShapeError(f"{call}: {name} must be a number or one for each of {n} groups, got shape {array.shape}.")
+        domain = rule.domains[name]
+        if not domain.holds(array):
+            raise HyperparameterError(f"{call}: {name} needs {domain}, got {array.tolist()}.")
+        out[name] = np.broadcast_to(array, (n,))
+    if rule.name == "sgd" and rule.flag:
+        _nesterov(call, space, out)
+    return out
+
+
+def _nesterov(call: str, space: Space, out: Mapping[str, Array]) -> None:
+    damped = "dampening" in space or bool(np.any(out["dampening"] != 0))
+    still = "momentum" in out and bool(np.any(out["momentum"] == 0))
+    if damped or still:
+        raise HyperparameterError(f"{call}: nesterov=True requires momentum > 0 and no dampening.")
+
+
+def domains(call: str, rule: Rule, space: Space, n: int) -> None:
+    """Tuned values of the optimizer: their start, their bounds, and one value a group."""
+    for name in space.names:
+        if name not in rule.defaults:
+            continue
+        h, domain = space[name], rule.domains[name]
+        if h.groups not in ((), (n,)):
+            raise ShapeError(
+                f"{call}: {name} must be one value or one for each of {n} groups, got {h.groups[0]}. Pass groups=..., the "
+                f"lengths of the segments of the parameter vector."
+            )
+        if not domain.holds(h.value):
+            raise HyperparameterError(f"{call}: {name} needs {domain}, got a start of {h.value.tolist()}.")
+        low, high = h.bounds
+        beyond = high >= domain.high if h.transform is IDENTITY and np.isfinite(domain.high) else high > domain.high
+        if low < domain.low or beyond:
+            raise HyperparameterError(
+                f"{call}: {name} needs {domain}, but its bounds are ({low:g}, {high:g}). Give bounds within, or use log "
+                f"or logit, which cannot leave the domain."
+            )
+
+
+def count(call: str, name: str, n: int | None) -> int | None:
+    if n is None:
+        return None
+    if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
+        raise HyperparameterError(f"{call}: {name} must be a whole number of at least 1, got {n!r}.")
+    return int(n)
+
+
+def initial_accumulator(value: float) -> None:
+    if not (isinstance(value, int | float | np.number) and 0 <= value < math.inf):
+        raise HyperparameterError(f"inner.adagrad: initial_accumulator must be finite and >= 0, got {value!r}.")
+
+
+def rows(call: str, V: Any, theta: Array) -> Array:
+    V = np.ascontiguousarray(V, theta.dtype)
+    if V.ndim != 2 or V.shape[1] != theta.size:
+        raise ShapeError(f"{call}: V must have shape (n, p) = (n, {theta.size}), got {V.shape}.")
+    return V
+
+
+def locked(a: NDArray) -> NDArray:
+    """A read-only view: a model can look at the engine's buffers, not change them."""
+    view = a.view()
+    view.flags.writeable = False
+    return view
+
+
+def number(call: str, name: str, x: Any) -> float:
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        raise AdapterError(
+            f"{call}: {name} must be a number, got {type(x).__name__} of shape {np.shape(x)}. Reduce it with a mean."
+        ) from None
+
+
+def array(call: str, name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
+    out = np.ascontiguousarray(a, dtype) if shape else np.asarray(a, dtype)
+    if out.shape != shape:
+        raise AdapterError(f"{call}: {name} must have shape {shape}, got {np.shape(a)}.")
+    return out

@@ -1,0 +1,313 @@
+"""The core's own run: a `Problem` under a fused inner optimizer, on flat buffers that the engine owns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import checks, tangent
+from .errors import AdapterError, HyperparameterError, ShapeError, nearest
+from .hyperparameters import Point, Space
+from .kernels import for_device
+from .kernels.cpu import Coefficients, Grads
+from .optimizers import Dual, Rule
+from .problem import Array, Hypergradient, Linearisation, Problem
+from .tangent import TangentState
+
+_ARRAYS = ("theta", "slots", "Z", "dslots")
+
+
+class CoreInner:
+    """The core's `Inner`: a `Problem` under one of the fused inner optimizers, on flat buffers it owns.
+
+    Attributes:
+      space: what is tuned.  problem: the model.  rule: the optimizer.  t: inner steps taken.
+      phi: (q,) the hyperparameters of the last step.  params: (p,) a copy of the current parameters.
+      directions: None, or (s, q) the random directions that the s tangents follow.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        space: Space,
+        rule: Rule,
+        fixed: Mapping[str, Any],
+        *,
+        groups: Iterable[int] | None = None,
+        directions: int | None = None,
+        chunk: int | None = None,
+        seed: int = 0,
+    ):
+        call = f"inner.{rule.name}"
+        checks.problem(call, problem, space)
+        self.problem, self.space, self.rule = problem, space, rule
+        self._groups = checks.groups(call, problem, groups)
+        self._loss_names = checks.names(call, problem, space, rule)
+        self._fixed = checks.fixed(call, rule, space, fixed, len(self._groups))
+        checks.domains(call, rule, space, len(self._groups))
+        self._chunk = checks.count(call, "chunk", chunk)
+        self._s = checks.count(call, "directions", directions)
+        if self._s is not None and self._s > space.q:
+            raise HyperparameterError(f"{call}: directions must be at most q = {space.q}, got {directions}.")
+        self._rng = np.random.default_rng(seed)
+        self.phi = space.phi0.copy()
+        self._kernel = getattr(for_device("cpu"), rule.kernel)
+        cuts = tangent.blocks(self._groups)
+        scratch = np.empty((rule.scratch, int((cuts[:, 2] - cuts[:, 1]).max())), problem.params.dtype)
+        self._layout = (cuts, rule.flag, scratch)
+        self._state = tangent.init(problem.params, rule.slots, self._s or space.q, rule.fill)
+        self._cache: tuple[Any, Point, Coefficients] | None = None
+        self.directions: Array | None = None
+        self._draw()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def t(self) -> int:
+        return self._state.t
+
+    @property
+    def params(self) -> Array:
+        return self._state.theta.copy()
+
+    @property
+    def tangents(self) -> Array:
+        """(q, p), or (s, p) along random directions: a copy of dtheta / dphi."""
+        return self._state.Z.copy()
+
+    def tangent_norm(self) -> float:
+        """Frobenius norm of the tangents of theta: grows exponentially where training is chaotic."""
+        return float(np.linalg.norm(self._state.Z))
+
+    def __repr__(self) -> str:
+        p, q = self._state.theta.size, self.space.q
+        return f"inner.{self.rule.name}(p={p}, q={q}, t={self.t}, tuned={self.space.names})"
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def step(self, phi: ArrayLike, batch: Any, *, tangents: bool = True) -> float:
+        """Advance state and tangents by one inner step.
+
+        Args:
+          phi: (q,) hyperparameters in the coordinates of `space`.
+          batch: passed to the model as it is.
+          tangents: False takes a plain training step and leaves the tangents as they are.
+
+        Returns:
+          The inner loss before the step; not finite if training diverged (nothing is raised then).
+
+        Raises:
+          ShapeError, HyperparameterError: a wrong phi.
+          AdapterError: the model broke its contract, or its loss is not finite at the very first step.
+          In every case the state is as before.
+        """
+        point, coefficients = self._prepare(self.space.check(phi, f"inner.{self.rule.name}.step"))
+        loss, grads = self._grad_jvp(point, batch, tangents)
+        state = self._state
+        if not tangents:
+            state = state._replace(Z=state.Z[:0], dslots=state.dslots[:, :0])
+            coefficients = Coefficients(coefficients.c, coefficients.dc[:, :0])
+        tangent.step(state, self._kernel, grads, coefficients, self._layout)
+        self._state = self._state._replace(t=self._state.t + 1)
+        return loss
+
+    def hypergradient(self, batch: Any) -> Hypergradient:
+        """The derivative of the outer loss on `batch` with respect to the hyperparameters, at the current state."""
+        phi, theta = self.phi, self._state.theta
+        point = self._point(phi)
+        value, dE, direct = self._outer(theta, point, batch)
+        h = tangent.hypergradient(self._state, dE).astype(np.float64)
+        if self.directions is not None:
+            h = h @ self.directions / len(self.directions)
+        for name, d in direct.items():
+            seed = point.seeds[name]
+            h = h + (seed @ d if seed.ndim == 2 else seed * d)
+        return Hypergradient(value, h, self.space.gradient(phi, h), self.t)
+
+    def run(self, phi: ArrayLike, batches: Iterable[Any], val_batch: Any, every: int = 1) -> tuple[Array, Array]:
+        """A whole window: a step a batch, and the hypergradient after each `every` of them.
+
+        Returns:
+          losses (n,) before each step, and the trajectory H (n // every, q).
+        """
+        every = checks.count("inner.run", "every", every) or 1
+        losses, H = [], []
+        for n, batch in enumerate(batches, 1):
+            losses.append(self.step(phi, batch))
+            if n % every == 0:
+                H.append(self.hypergradient(val_batch).grad)
+        return np.array(losses), np.array(H).reshape(-1, self.space.q)
+
+    def forget(self, rho: float) -> None:
+        """Scale the tangents by 0 <= rho <= 1.  At 0 they start again, along fresh random directions if any."""
+        if not (isinstance(rho, int | float | np.number) and 0 <= rho <= 1):
+            raise HyperparameterError(f"inner.forget: rho must lie in [0, 1], got {rho!r}.")
+        tangent.forget(self._state, float(rho))
+        if rho == 0:
+            self._draw()
+
+    def snapshot(self) -> dict[str, NDArray]:
+        """Everything that a resumed run needs, as arrays that stay as they are while training goes on."""
+        out: dict[str, NDArray] = {k: v.copy() for k, v in zip(_ARRAYS, self._state[:4], strict=True)}
+        out |= {"t": np.array(self.t), "phi": self.phi.copy()}
+        if self.directions is not None:
+            out |= {
+                "directions": self.directions.copy(),
+                "rng": np.array(json.dumps(self._rng.bit_generator.state)),
+            }
+        return out
+
+    def restore(self, snapshot: Mapping[str, NDArray]) -> None:
+        """Go back to a snapshot of a run of the same model, space and optimizer.
+
+        Raises:
+          ShapeError: it lacks an array or holds one of another shape or dtype; the run is then as before.
+        """
+        state = self._state
+        wanted = dict(zip(_ARRAYS, state[:4], strict=True)) | {"phi": self.phi}
+        if self.directions is not None:
+            wanted["directions"] = self.directions
+        for name, array in wanted.items():
+            got = snapshot.get(name)
+            if got is None or got.shape != array.shape or got.dtype != array.dtype:
+                came = "nothing" if got is None else f"{got.shape} of {got.dtype}"
+                raise ShapeError(
+                    f"inner.restore: {name} must be {array.shape} of {array.dtype}, got {came}. The snapshot belongs "
+                    f"to another model, space or optimizer."
+                )
+        source = TangentState(**{name: snapshot[name] for name in _ARRAYS}, t=int(snapshot["t"]))
+        self._state = tangent.assign(state, source)
+        self.phi = np.array(snapshot["phi"])
+        if self.directions is not None:
+            self.directions = np.array(snapshot["directions"])
+            self._rng.bit_generator.state = json.loads(str(snapshot["rng"]))
+
+    def linearise(self, batch: Any, val_batch: Any = None) -> Linearisation:
+        """Gradients and Hessian-vector products at the current state, of the inner loss on `batch` and of the outer
+        loss on `val_batch` (default: `batch`).  The Hessian of the optimizer's own weight decay is not in it."""
+        point, theta = self._point(self.phi), self._state.theta.copy()
+        val_batch = batch if val_batch is None else val_batch
+        empty = {n: point.seeds[n][:0] for n in self._loss_names}
+        _, grads = self._call(theta, point, self._state.Z[:0], empty, batch)
+
+        def hvp(V: Array) -> Array:
+            V = checks.rows("inner.linearise.hvp", V, theta)
+            still = {n: np.zeros((len(V), *point.seeds[n].shape[1:])) for n in self._loss_names}
+            return self._call(theta, point, V, still, batch)[1].dG.copy()
+
+        def outer_hvp(V: Array) -> Array:
+            V = checks.rows("inner.linearise.outer_hvp", V, theta)
+            exact = self.problem.outer_hvp
+            if exact is not None:
+                return np.array(exact(theta, self._hyper(point), V, val_batch))
+            return central_hvp(lambda th: self._outer(th, point, val_batch)[1], theta, V)
+
+        return Linearisation(grads.g.copy(), hvp, self._outer(theta, point, val_batch)[1].copy(), outer_hvp)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _draw(self) -> None:
+        """Fresh random directions: orthogonal rows of length sqrt(q), so that `D^T D / s` has the identity as its mean."""
+        if self._s is not None:
+            basis = np.linalg.qr(self._rng.normal(size=(self.space.q, self._s)))[0]
+            signs = self._rng.choice([-1.0, 1.0], self._s)
+            self.directions = math.sqrt(self.space.q) * (basis * signs).T.copy()
+            self._cache = None
+
+    def _point(self, phi: Array) -> Point:
+        return self._prepare(phi)[0]
+
+    def _prepare(self, phi: Array) -> tuple[Point, Coefficients]:
+        """Values, seeds along the tangents' directions, and kernel rows for the next step, kept while nothing moves."""
+        t = self._state.t
+        moves = self.rule.timed or self.space.scheduled
+        key = (phi.tobytes(), t if moves else min(t, 1))
+        if self._cache is None or self._cache[0] != key:
+            point = self.space.at(phi, t)
+            along = point.seeds
+            if self.directions is not None:
+                along = {n: self.directions @ s for n, s in along.items()}
+            self._cache = (key, point, self._coefficients(point, along, t))
+            self._along = {n: along[n] for n in self._loss_names}
+        self.phi = phi.copy() if phi is not self.phi else phi
+        return self._cache[1], self._cache[2]
+
+    def _coefficients(self, point: Point, along: Mapping[str, Array], t: int) -> Coefficients:
+        n, s, dtype = len(self._groups), len(self._state.Z), self._state.theta.dtype
+        duals = {}
+        for name in self.rule.defaults:
+            if name in self.space:
+                x, dx = np.asarray(point.values[name]), along[name]
+                dx = dx if dx.ndim == 2 else dx[:, None]
+                duals[name] = Dual(np.broadcast_to(x, (n,)), np.broadcast_to(dx, (s, n)))
+            else:
+                duals[name] = Dual(self._fixed[name], np.zeros((s, n)))
+        rows = self.rule.rows(duals, t + 1)
+        return Coefficients(np.array([r.x for r in rows], dtype), np.array([r.dx for r in rows], dtype))
+
+    def _hyper(self, point: Point) -> dict[str, Any]:
+        return {n: point.values[n] for n in self._loss_names}
+
+    def _grad_jvp(self, point: Point, batch: Any, tangents: bool) -> tuple[float, Grads]:
+        """The model's gradient and tangents, in chunks of directions where asked for, checked before anything moves."""
+        theta, Z = self._state.theta, self._state.Z if tangents else self._state.Z[:0]
+        chunk = self._chunk or max(len(Z), 1)
+        dG = Z[:0] if len(Z) <= chunk else np.empty_like(Z)
+        for a in range(0, max(len(Z), 1), chunk):
+            part = {n: self._along[n][a : a + chunk] if tangents else self._along[n][:0] for n in self._loss_names}
+            loss, grads = self._call(theta, point, Z[a : a + chunk], part, batch)
+            if len(Z) <= chunk:
+                return loss, grads
+            dG[a : a + chunk] = grads.dG
+        return loss, Grads(grads.g, dG)
+
+    def _call(self, theta: Array, point: Point, Z: Array, dhyper: Mapping[str, Array], batch: Any) -> tuple[float, Grads]:
+        call = "problem.grad_jvp"
+        out = self.problem.grad_jvp(checks.locked(theta), self._hyper(point), checks.locked(Z), dhyper, batch)
+        if not (isinstance(out, tuple) and len(out) == 3):
+            raise AdapterError(f"{call}: must return (loss, g (p,), dG (q, p)), got {type(out).__name__}.")
+        loss = checks.number(call, "loss", out[0])
+        g, dG = (
+            checks.array(call, "g", out[1], theta.shape, theta.dtype),
+            checks.array(call, "dG", out[2], Z.shape, theta.dtype),
+        )
+        if self._state.t == 0 and not (math.isfinite(loss) and np.isfinite(g).all()):
+            what = f"loss {loss}" if not math.isfinite(loss) else "gradient"
+            raise AdapterError(
+                f"{call}: the inner loss and gradient must be finite at the initial parameters, got a {what} that is "
+                f"not. Look for NaN or inf in the batch, or scale down the initialisation."
+            )
+        return loss, Grads(g, dG)
+
+    def _outer(self, theta: Array, point: Point, batch: Any) -> tuple[float, Array, dict[str, Array]]:
+        call = "problem.outer"
+        out = self.problem.outer(checks.locked(theta), self._hyper(point), batch)
+        if not (isinstance(out, tuple) and len(out) == 3):
+            raise AdapterError(f"{call}: must return (value, dE_dtheta (p,), {{name: dE_dhyper}}).")
+        direct = {}
+        for name, d in out[2].items():
+            if name not in self._loss_names:
+                raise AdapterError(
+                    f"{call}: dE_dhyper names {name!r}, which is not a loss hyperparameter of the space "
+                    f"{self._loss_names}." + nearest(name, self._loss_names)
+                )
+            shape = point.seeds[name].shape[1:]
+            direct[name] = checks.array(call, f"dE_dhyper[{name!r}]", d, shape, np.dtype(np.float64))
+        dE = checks.array(call, "dE_dtheta", out[1], theta.shape, theta.dtype)
+        return checks.number(call, "value", out[0]), dE, direct
+
+
+def central_hvp(gradient: Callable[[Array], Array], theta: Array, V: Array) -> Array:
+    """(n, p) Hessian times each row of V by central differences of a gradient, two calls a row."""
+    out = np.empty_like(V)
+    step = np.finfo(theta.dtype).eps ** (1 / 3) * (1 + np.linalg.norm(theta))
+    for j, v in enumerate(V):
+        size = np.linalg.norm(v)
+        e = v * (step / size) if size > 0 else v
+        out[j] = (gradient(theta + e) - gradient(theta - e)) * (size / (2 * step))
+    return out

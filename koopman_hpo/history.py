@@ -1,0 +1,135 @@
+"""What happened, as plain arrays: one row a window, and every hypergradient recorded within."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import files
+from .errors import CheckpointError
+
+Array = NDArray[Any]
+
+
+class Record(NamedTuple):
+    """One window.  q coordinates."""
+
+    step: int  # inner steps spent when it ended
+    t: int  # inner step of the run when it ended
+    phi: Array  # (q,) held during the window
+    h: Array  # (q,) last hypergradient recorded; NaN where none was
+    estimate: Array  # (q,) of the global hypergradient; NaN after a rollback
+    error: Array  # (q,) stated by the estimator; NaN where it states none
+    move: Array  # (q,) outer step subtracted from phi
+    coherence: Array  # (q,) |mean h| / mean |h|
+    loss: float  # mean inner loss
+    value: float  # outer loss at the end
+    accepted: bool  # whether the forecast passed its gate
+    method: str  # that made the estimate
+    reason: str  # of the estimator's decision
+    event: str  # what the guard did; empty when nothing
+
+
+class History:
+    """Records as columns: `history.phi` is (windows, q), `history.event` (windows,) strings, and so on for every field
+    of `Record`; `trajectory` (m, q) and `trajectory_step` (m,) hold each recorded hypergradient and when.
+
+    Attributes:
+      labels: q names of the coordinates.
+    """
+
+    def __init__(self, labels: tuple[str, ...]):
+        self.labels = tuple(labels)
+        self._records: list[Record] = []
+        self._trajectory: list[Array] = []
+        self._trajectory_step: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> Record:
+        return self._records[i]
+
+    def __getattr__(self, name: str) -> NDArray[Any]:
+        if name not in Record._fields:
+            raise AttributeError(f"History has no column {name!r}; it has {Record._fields} and trajectory.")
+        return self._column(name)
+
+    def _column(self, name: str) -> NDArray[Any]:
+        i = Record._fields.index(name)
+        column = [r[i] for r in self._records]
+        if name in _VECTORS:
+            return np.array(column, np.float64).reshape(len(column), len(self.labels))
+        return np.array(column, dtype=_SCALARS[name])
+
+    @property
+    def trajectory(self) -> Array:
+        return np.array(self._trajectory, np.float64).reshape(-1, len(self.labels))
+
+    @property
+    def trajectory_step(self) -> NDArray[np.int64]:
+        return np.array(self._trajectory_step, np.int64)
+
+    def append(self, record: Record) -> None:
+        self._records.append(record)
+
+    def observe(self, step: int, h: Array) -> None:
+        self._trajectory.append(np.array(h))
+        self._trajectory_step.append(step)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Every column, the trajectory and the labels: what a file holds."""
+        out = {name: self._column(name) for name in Record._fields}
+        out |= {"trajectory": self.trajectory, "trajectory_step": self.trajectory_step}
+        return out | {"labels": np.array(self.labels, np.str_)}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> History:
+        """The inverse of `arrays`.
+
+        Raises:
+          CheckpointError: a column is missing or has another length than the rest.
+        """
+        missing = [n for n in (*Record._fields, "trajectory", "trajectory_step", "labels") if n not in arrays]
+        lengths = {len(arrays[n]) for n in Record._fields if n in arrays}
+        if missing or len(lengths) != 1:
+            raise CheckpointError(f"History: not a history: columns missing {missing}, lengths {sorted(lengths)}.")
+        history = cls(tuple(str(s) for s in arrays["labels"]))
+        kinds: list[Callable[[Any], Any]] = [_SCALARS.get(n, np.array) for n in Record._fields]
+        for i in range(lengths.pop()):
+            row = [kind(arrays[n][i]) for kind, n in zip(kinds, Record._fields, strict=True)]
+            history.append(Record(*row))
+        for step, h in zip(arrays["trajectory_step"], arrays["trajectory"], strict=True):
+            history.observe(int(step), h)
+        return history
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write `.npz`, whole or not at all."""
+        return files.write(path, "history", self.arrays())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> History:
+        """Read what `save` wrote.
+
+        Raises:
+          CheckpointError: the file is corrupt, foreign or of another version.
+        """
+        return cls.from_arrays(files.read(path, "history"))
+
+
+_VECTORS = frozenset({"phi", "h", "estimate", "error", "move", "coherence"})
+_SCALARS: dict[str, type] = {
+    "step": int,
+    "t": int,
+    "loss": float,
+    "value": float,
+    "accepted": bool,
+    "method": str,
+    "reason": str,
+    "event": str,
+}

@@ -1,0 +1,88 @@
+"""Outer optimizers: what turns an estimated hypergradient into a step of phi.  Pairs of functions, as in optax.
+
+`lr` is the size of a step in phi (a factor e^lr for a log-scaled hyperparameter); None lets the tuner choose it.  No step
+is longer than `clip * lr` in any coordinate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import HyperparameterError
+
+Array = NDArray[Any]
+
+
+class OuterState(NamedTuple):
+    """Moments of the hypergradient; zeros where an optimizer has none."""
+
+    mean: Array  # (q,)
+    square: Array  # (q,)
+    steps: int
+
+
+class Outer(NamedTuple):
+    """An outer optimizer.
+
+    `init(q) -> OuterState`; `update(h (q,), state, lr) -> (step (q,), state)`, to be subtracted from phi.
+    """
+
+    name: str
+    init: Callable[[int], OuterState]
+    update: Callable[[Array, OuterState, float], tuple[Array, OuterState]]
+    lr: float | None
+
+
+def _init(q: int) -> OuterState:
+    return OuterState(np.zeros(q), np.zeros(q), 0)
+
+
+def _check(call: str, lr: float | None, clip: float, **fractions: float) -> None:
+    if lr is not None and not (math.isfinite(lr) and lr > 0):
+        raise HyperparameterError(f"outer.{call}: lr must be positive or None, got {lr!r}.")
+    if not clip > 0:
+        raise HyperparameterError(f"outer.{call}: clip must be positive, got {clip!r}.")
+    for name, x in fractions.items():
+        if not 0 <= x < 1:
+            raise HyperparameterError(f"outer.{call}: {name} needs 0 <= {name} < 1, got {x!r}.")
+
+
+def adam(lr: float | None = None, *, b1: float = 0.5, b2: float = 0.9, eps: float = 1e-12, clip: float = 2.0) -> Outer:
+    """Adam with short memory: few outer steps are taken, and the hypergradient's scale changes by decades."""
+    _check("adam", lr, clip, b1=b1, b2=b2)
+
+    def update(h: Array, state: OuterState, lr: float) -> tuple[Array, OuterState]:
+        count = state.steps + 1
+        mean = b1 * state.mean + (1 - b1) * h
+        square = b2 * state.square + (1 - b2) * h * h
+        root = np.sqrt(square / (1 - b2**count))
+        step = lr * (mean / (1 - b1**count)) / (root + eps)
+        return np.clip(step, -clip * lr, clip * lr), OuterState(mean, square, count)
+
+    return Outer("adam", _init, update, lr)
+
+
+def sgd(lr: float | None = None, *, momentum: float = 0.0, clip: float = 2.0) -> Outer:
+    """Plain gradient steps `lr * h`, with momentum if asked for."""
+    _check("sgd", lr, clip, momentum=momentum)
+
+    def update(h: Array, state: OuterState, lr: float) -> tuple[Array, OuterState]:
+        mean = momentum * state.mean + h
+        return np.clip(lr * mean, -clip * lr, clip * lr), OuterState(mean, state.square, state.steps + 1)
+
+    return Outer("sgd", _init, update, lr)
+
+
+def sign(lr: float | None = None) -> Outer:
+    """Steps of size `lr` against the sign: uses no magnitude at all."""
+    _check("sign", lr, 1.0)
+
+    def update(h: Array, state: OuterState, lr: float) -> tuple[Array, OuterState]:
+        return lr * np.sign(h), state._replace(steps=state.steps + 1)
+
+    return Outer("sign", _init, update, lr)

@@ -1,0 +1,52 @@
+"""What a tuner refuses before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import CheckpointError, HyperparameterError
+from .inner import Inner
+
+if TYPE_CHECKING:
+    from .tuner import Tuner
+
+
+def check(tuner: Tuner) -> None:
+    whole = {"steps": tuner.steps, "window": tuner.window, "runs": tuner.runs}
+    for name, n in (whole | ({} if tuner.every is None else {"every": tuner.every})).items():
+        if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
+            raise HyperparameterError(f"Tuner: {name} must be a whole number of at least 1, got {n!r}.")
+    if not isinstance(tuner.inner, Inner):
+        raise HyperparameterError(
+            f"Tuner: the first argument must be an Inner, got {type(tuner.inner).__name__}. Make one with "
+            f"koopman_hpo.inner.sgd(problem, space) or an adapter."
+        )
+    if tuner.inner.space.q == 0:
+        raise HyperparameterError("Tuner: the space is empty, so there is nothing to tune.")
+    if tuner.mode not in ("online", "restart"):
+        raise HyperparameterError(f"Tuner: mode must be 'online' or 'restart', got {tuner.mode!r}.")
+    if tuner.strategy.mode == "restart" and tuner.mode == "online":
+        raise HyperparameterError(f"Tuner: {type(tuner.strategy).__name__} needs mode='restart'.")
+    if tuner.mode == "online" and tuner.window > tuner.steps:
+        raise HyperparameterError(
+            f"Tuner: the window ({tuner.window}) is longer than the run ({tuner.steps} steps). Shorten it; a quarter of "
+            f"the run or less leaves room for updates."
+        )
+    longest = tuner.window if tuner.mode == "online" else tuner.steps
+    if tuner.every is not None and tuner.every > longest:
+        raise HyperparameterError(f"Tuner: every={tuner.every} records nothing in a window of {longest} steps.")
+    if not 0 <= tuner.forget <= 1:
+        raise HyperparameterError(f"Tuner: forget must lie in [0, 1], got {tuner.forget!r}.")
+
+
+def same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Refuse to resume a run under other settings, naming the first that differs."""
+    for name, mine in ours.items():
+        if theirs.get(name) != mine:
+            raise CheckpointError(
+                f"checkpoint.load: {name} was {theirs.get(name)!r} when it was saved and is {mine!r} now. Make the tuner "
+                f"with the settings of the run that you resume."
+            )

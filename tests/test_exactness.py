@@ -1,0 +1,245 @@
+"""Forward mode is exact: against central differences, against reverse mode, and against closed forms."""
+
+import numpy as np
+import pytest
+import reference
+import toys
+
+from koopman_hpo import Space, check_hypergradient, hypergradient, inner, log, logit, trajectory
+
+LR = log(0.05)
+WD = log(0.02)
+BETAS = {"beta1": logit(0.8), "beta2": logit(0.95), "eps": log(1e-3)}
+CASES = {
+    "sgd": (inner.sgd, {}, {"lr": LR, "momentum": logit(0.8), "dampening": logit(0.3), "weight_decay": WD}),
+    "nesterov": (inner.sgd, {"nesterov": True}, {"lr": LR, "momentum": logit(0.8), "weight_decay": WD}),
+    "adam": (inner.adam, {}, {"lr": LR, "weight_decay": WD, **BETAS}),
+    "adamw": (inner.adamw, {}, {"lr": LR, "weight_decay": WD, **BETAS}),
+    "rmsprop": (
+        inner.rmsprop,
+        {},
+        {"lr": LR, "alpha": logit(0.9), "momentum": logit(0.5), "eps": log(1e-2), "weight_decay": WD},
+    ),
+    "centered": (
+        inner.rmsprop,
+        {"centered": True},
+        {"lr": LR, "alpha": logit(0.9), "momentum": logit(0.5), "eps": log(1e-1), "weight_decay": WD},
+    ),
+    "adagrad": (inner.adagrad, {}, {"lr": LR, "lr_decay": log(0.1), "eps": log(1e-2), "weight_decay": WD}),
+    "lion": (inner.lion, {}, {"lr": log(1e-3), "beta1": logit(0.8), "beta2": logit(0.9), "weight_decay": WD}),
+}
+STEPS = 12
+
+
+@pytest.fixture(params=CASES, scope="module")
+def case(request):
+    """A run with every hyperparameter of one optimizer and the loss's l2 tuned, on a new batch each step."""
+    make, flags, tuned = CASES[request.param]
+    problem = toys.logistic(np.random.default_rng(3).normal(size=5))
+    space = Space(**tuned, l2=log(0.1))
+    run = make(problem, space, **flags)
+    return run, flags, toys.batches(1, STEPS), toys.data(7)
+
+
+def test_agrees_with_central_differences_for_every_optimizer_and_hyperparameter(case):
+    run, _, batches, val = case
+    report = check_hypergradient(run, batches, val)
+    assert report.error[report.central != 0].max() < 1e-6, str(report)
+    assert report.ok, str(report)
+
+
+def test_agrees_with_reverse_mode_for_every_optimizer_and_hyperparameter(case):
+    run, flags, batches, val = case
+    values = run.space.natural(run.space.phi0) | ({"dampening": 0.0} if flags.get("nesterov") else {})
+    # theta's part of the outer gradient at fixed l2, then the direct part by hand: .1 sum(theta_T)
+    outer = lambda theta: run.problem.outer(theta, values, val)[1]
+    gradient, theta0 = toys.logistic_gradient, run.problem.params
+    want = reference.reverse(run.rule.name, gradient, theta0, values, batches, outer, **flags)
+    end = reference.train(run.rule.name, gradient, theta0, lambda t: values, batches, **flags)
+    want["l2"] += 0.1 * end.sum()
+    got = hypergradient(run, batches, val).natural
+    scale = max(abs(v) for v in want.values())
+    for name in run.space.names:
+        # 1e-10 of the largest coordinate: a coordinate that is zero (lion's betas) has no scale of its own
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-10, atol=1e-14 * scale, err_msg=name)
+
+
+def test_takes_the_textbook_steps(case):
+    run, flags, batches, _ = case
+    values = run.space.natural(run.space.phi0) | ({"dampening": 0.0} if flags.get("nesterov") else {})
+    want = reference.train(run.rule.name, toys.logistic_gradient, run.problem.params, lambda t: values, batches, **flags)
+    before = run.snapshot()
+    for batch in batches:
+        run.step(run.space.phi0, batch, tangents=False)
+    np.testing.assert_allclose(run.params, want, rtol=1e-13)
+    run.restore(before)
+
+
+@pytest.mark.parametrize("T", [1, 2, 17])
+def test_gradient_descent_on_a_quadratic_has_its_closed_form(T):
+    rng, lr = np.random.default_rng(0), 0.3
+    A, theta0 = toys.spd(rng, 4), rng.normal(size=4)
+    run = inner.sgd(toys.quadratic(A, np.zeros(4), theta0), Space(lr=log(lr)))
+    for _ in range(T):
+        run.step(run.space.phi0, None)
+    want = -T * A @ np.linalg.matrix_power(np.eye(4) - lr * A, T - 1) @ theta0
+    np.testing.assert_allclose(run.tangents[0] / lr, want, rtol=1e-12)
+
+
+def test_heavy_ball_on_a_quadratic_has_its_closed_form():
+    rng, lr, mu, T = np.random.default_rng(1), 0.1, 0.7, 15
+    A, theta0 = toys.spd(rng, 4), rng.normal(size=4)
+    run = inner.sgd(toys.quadratic(A, np.zeros(4), theta0), Space(lr=log(lr), momentum=logit(mu)))
+    for _ in range(T):
+        run.step(run.space.phi0, None)
+    # (theta, m) moves by a matrix M(lr, mu): d M^T = sum over M^(T-1-i) dM M^i; the first step has an empty buffer
+    I, O = np.eye(4), np.zeros((4, 4))
+    M = np.block([[I - lr * A, -lr * mu * I], [A, mu * I]])
+    derivatives = [np.block([[-A, -mu * I], [O, O]]) * lr, np.block([[O, -lr * I], [O, I]]) * mu * (1 - mu)]
+    power = lambda n: np.linalg.matrix_power(M, n)
+    start = np.concatenate([theta0, np.zeros(4)])
+    for Z, dM in zip(run.tangents, derivatives, strict=True):
+        want = sum(power(T - 1 - i) @ dM @ power(i) for i in range(T)) @ start
+        np.testing.assert_allclose(Z, want[:4], rtol=1e-11, atol=1e-14)
+
+
+def test_adam_on_a_linear_loss_does_not_depend_on_its_betas():
+    rng = np.random.default_rng(2)
+    run = inner.adam(toys.linear(rng.normal(size=6), rng.normal(size=6)), Space(beta1=logit(0.9), beta2=logit(0.999)))
+    for _ in range(30):
+        run.step(run.space.phi0, None)
+    # zero but for rounding in m_hat = (1 - b1^t) g / (1 - b1^t), amplified by 1 / (1 - b2) = 1000
+    assert np.abs(run.tangents).max() < 1e-14
+
+
+def test_ridge_tangent_tends_to_the_implicit_derivative():
+    rng, l2 = np.random.default_rng(4), 0.2
+    X, y = toys.data(3)
+
+    def grad_jvp(theta, hyper, Z, dhyper, batch):
+        g = X.T @ (X @ theta - y) / len(y) + hyper["l2"] * theta
+        dG = Z @ X.T @ X / len(y) + hyper["l2"] * Z + np.outer(dhyper["l2"], theta)
+        return 0.0, g, dG
+
+    from koopman_hpo import Problem
+
+    problem = Problem(rng.normal(size=5), grad_jvp, lambda th, h, b: (0.0, th, {}), hyper=frozenset({"l2"}))
+    run = inner.sgd(problem, Space(l2=log(l2)), lr=0.3, momentum=0.5)
+    for _ in range(600):
+        run.step(run.space.phi0, None)
+    A = X.T @ X / len(y) + l2 * np.eye(5)
+    theta = np.linalg.solve(A, X.T @ y / len(y))
+    np.testing.assert_allclose(run.tangents[0] / l2, -np.linalg.solve(A, theta), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop"])
+def test_a_shared_lr_is_the_sum_over_steps_and_over_layers(name):
+    make = getattr(inner, name)
+    theta0, batches, val = np.random.default_rng(5).normal(size=5), toys.batches(2, 8), toys.data(9)
+    problem = toys.logistic(theta0, segments=(2, 3))
+    h = lambda space: hypergradient(make(problem, space), batches, val).grad
+    shared = h(Space(lr=log(0.05)))[0]
+    layers = h(Space(lr=log([0.05, 0.05])))
+    steps = h(Space(lr=log([0.05] * 8, knots=range(8), schedule="constant")))
+    np.testing.assert_allclose([layers.sum(), steps.sum()], shared, rtol=1e-12)
+    assert np.abs(np.diff(layers)).max() > 1e-6  # they are not all alike
+    assert np.abs(np.diff(steps)).min() > 0
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_schedules_and_groups_agree_with_central_differences(schedule):
+    problem = toys.logistic(np.random.default_rng(6).normal(size=5), segments=(1, 4))
+    space = Space(
+        lr=log([[0.05, 0.1], [0.02, 0.01], [0.2, 0.3]], knots=(0, 4, 9), schedule=schedule),
+        momentum=logit([0.8, 0.6]),
+        weight_decay=log([1e-2, 1e-1], knots=(0, 6), schedule=schedule),
+        l2=log(0.1),
+    )
+    report = check_hypergradient(inner.sgd(problem, space), toys.batches(3, 12), toys.data(5))
+    assert report.error.max() < 1e-6, str(report)
+
+
+def test_permuting_hyperparameters_permutes_the_hypergradient():
+    problem, batches, val = toys.logistic(np.ones(5)), toys.batches(4, 6), toys.data(1)
+    parts = {"lr": log(0.05), "momentum": logit(0.8), "l2": log(0.1), "weight_decay": log(0.01)}
+    h = hypergradient(inner.sgd(problem, Space(**parts)), batches, val).natural
+    back = hypergradient(inner.sgd(problem, Space(**dict(reversed(parts.items())))), batches, val).natural
+    assert h == back
+
+
+def test_an_unused_hyperparameter_has_exactly_zero():
+    problem = toys.quadratic(np.eye(3), np.zeros(3), np.ones(3))
+    run = inner.sgd(problem, Space(lr=log([0.1, 0.2], knots=(0, 100), schedule="constant")))
+    grad = hypergradient(run, [None] * 5, None).grad
+    assert grad[1] == 0.0
+    assert grad[0] != 0.0
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+def test_chunks_of_tangents_change_nothing(chunk):
+    problem, batches, val = toys.logistic(np.ones(5)), toys.batches(5, 6), toys.data(2)
+    space = Space(lr=log(0.05), momentum=logit(0.8), l2=log(0.1), weight_decay=log(0.01))
+    whole = trajectory(inner.sgd(problem, space), batches, val)
+    parts = trajectory(inner.sgd(problem, space, chunk=chunk), batches, val)
+    np.testing.assert_allclose(parts, whole, rtol=1e-13)  # BLAS may order a sum by its size
+
+
+def test_all_random_directions_together_are_exact_and_few_are_unbiased():
+    problem, batches, val = toys.logistic(np.ones(5)), toys.batches(6, 6), toys.data(3)
+    space = Space(lr=log([0.05] * 6, knots=range(6), schedule="constant"), momentum=logit(0.8), l2=log(0.1))
+    exact = hypergradient(inner.sgd(problem, space), batches, val).grad
+    full = hypergradient(inner.sgd(problem, space, directions=8, seed=1), batches, val).grad
+    np.testing.assert_allclose(full, exact, rtol=1e-11)
+    draws = np.array(
+        [hypergradient(inner.sgd(problem, space, directions=3, seed=s), batches, val).grad for s in range(2000)]
+    )
+    # five standard errors of the mean over the draws
+    assert (np.abs(draws.mean(0) - exact) < 5 * draws.std(0) / np.sqrt(len(draws))).all()
+
+
+def test_directions_are_reproducible_and_fresh_after_forgetting():
+    problem, space = toys.logistic(np.ones(5)), Space(lr=log(0.05), momentum=logit(0.8), l2=log(0.1))
+    one, two = (inner.sgd(problem, space, directions=2, seed=4) for _ in range(2))
+    assert np.array_equal(one.directions, two.directions)
+    saved = one.snapshot()
+    one.forget(0)
+    assert not np.array_equal(one.directions, two.directions)
+    after = one.directions
+    one.restore(saved)
+    assert np.array_equal(one.directions, two.directions)
+    one.forget(0)
+    assert np.array_equal(one.directions, after)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "lion"])
+def test_single_precision_follows_double(name):
+    make, rng = getattr(inner, name), np.random.default_rng(8)
+    A, b, theta0 = toys.spd(rng, 5), rng.normal(size=5), rng.normal(size=5)
+    space = Space(lr=log(0.02), weight_decay=log(0.01))
+    ends = []
+    for dtype in (np.float32, np.float64):
+        run = make(toys.quadratic(A, b, theta0, dtype=dtype), space)
+        for _ in range(40):
+            run.step(space.phi0, None)
+        assert run.params.dtype == run.tangents.dtype == dtype
+        ends.append((run.params, run.tangents, run.hypergradient(None).grad))
+    for single, double in zip(*ends, strict=True):
+        # 40 steps of rounding at 6e-8, relative to the largest entry
+        np.testing.assert_allclose(single, double, atol=2e-5 * np.abs(double).max())
+
+
+def test_a_parameter_without_gradient_stays_put_under_adam():
+    run = inner.adam(toys.linear(np.array([0.0, 1.0]), np.ones(2)), Space(lr=log(0.1), beta2=logit(0.99), eps=log(1e-8)))
+    for _ in range(5):
+        run.step(run.space.phi0, None)
+    assert run.params[0] == 1.0
+    assert (run.tangents[:, 0] == 0).all()
+    assert np.isfinite(run.tangents).all()
+
+
+def test_converged_training_forgets_its_lr():
+    rng = np.random.default_rng(9)
+    run = inner.sgd(toys.quadratic(toys.spd(rng, 4), rng.normal(size=4), rng.normal(size=4)), Space(lr=log(0.5)))
+    H = trajectory(run, [None] * 200, None, every=50)
+    assert np.abs(H[-1]).max() < 1e-10
+    assert np.abs(H[0]).max() > 1e3 * np.abs(H[-1]).max()

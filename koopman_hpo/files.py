@@ -49,7 +49,7 @@ def read(path: str | os.PathLike[str], kind: str) -> dict[str, NDArray[Any]]:
     """
     call = f"{kind}.load"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise CheckpointError(f"{call}: no file at {path}.") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,38 +16,55 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Guard:
-    """When to roll back, and what to do then.
+    """When to roll back or to disbelieve, and what to do then.
 
-    A window is thrown away when a loss or hypergradient is not finite, or when the validation loss exceeds
-    `L0 + (factor - 1) |L0|`, with L0 its value before training.  (Compared with L0 and not with the window before: a slow
-    climb would slip through.)  The run goes back to the window's start, tangents are zeroed, and the hyperparameters in
-    `shrink_names` are divided by `shrink`.  After `patience` rollbacks in a row tuning stops.
+    **Rollback.**  A window is thrown away when a loss or hypergradient is not finite, or when a loss L strays above
+    `L0 + (factor - 1) |L0|`: online, the validation loss, with L0 its value before training (and not the window's before:
+    a slow climb would slip through); in mode restart, that and the mean inner loss of the run, with L0 its first.  The
+    run goes back to the window's start and the hyperparameters in `shrink_names` are divided by `shrink`.  After `patience`
+    rollbacks in a row tuning stops.
 
-    Chaos: the tangents grow by more than `chaos_growth` a step over `chaos_steps` steps while the hypergradient flips its
-    sign at half of its records or more.  The estimate is then recorded and not used, and the tangents start again.
+    **Disbelief.**  An estimate is recorded and not used when it cannot mean what it says:
+    it is *excessive*, when one outer step of it promises a change of the validation loss above `excess |L0|`; it is
+    *chaotic*, when the tangents grow by more than `chaos_growth` a step over `chaos_steps` steps while the
+    hypergradient flips its sign at half of its records or more.  Both happen where the learning rate is beyond the edge
+    of stability: the exact derivative explodes and is true only of a vanishing neighbourhood.
+
+    After either, tangents and the outer optimizer's memory start again: one explosion would dwarf every gradient after.
+    Disbelief in mode restart also divides by `shrink`: the same run would only give the same doubt.
     """
 
     factor: float = 1.5
     shrink: float = 3.0
     shrink_names: tuple[str, ...] = ("lr",)
     patience: int = 20
+    excess: float = 1.0
     chaos_growth: float = 0.003
     chaos_steps: int = 100
 
     def __post_init__(self) -> None:
-        if not (self.factor > 1 and self.shrink > 1 and self.patience >= 1 and self.chaos_steps >= 1):
+        if not (self.factor > 1 and self.shrink > 1 and self.patience >= 1 and self.chaos_steps >= 1 and self.excess > 0):
             raise HyperparameterError(
-                f"Guard: needs factor > 1, shrink > 1, patience >= 1 and chaos_steps >= 1, got {self}."
+                f"Guard: needs factor > 1, shrink > 1, patience >= 1, excess > 0 and chaos_steps >= 1, got {self}."
             )
 
-    def verdict(self, value: float, h: Array, start: float) -> str:
-        """Why the window must go, or an empty string."""
-        if not math.isfinite(value):
-            return f"validation loss is {value}"
-        if not np.isfinite(h).all():
-            return "hypergradient is not finite"
+    def stray(self, name: str, value: float, start: float) -> str:
+        """Why a loss has strayed too far above its start, or an empty string."""
         limit = start + (self.factor - 1) * abs(start)
-        return f"validation loss {value:.4g} exceeds {limit:.4g}" if value > limit else ""
+        return f"{name} {value:.4g} exceeds {limit:.4g}" if value > limit else ""
+
+    def doubt(self, h: Array, lr: float, start: float, growth: float, recent: Array) -> str:
+        """Why the hypergradient h (q,) cannot be believed, or an empty string.
+
+        `lr` is the outer step, `start` L0, `growth` the tangents' growth a step (NaN if unknown), `recent` the
+        trajectory (m, q) of the last `chaos_steps` steps.
+        """
+        promise = lr * float(np.abs(h).max())
+        if start != 0 and promise > self.excess * abs(start):
+            return f"excess: one step of phi promises {promise:.3g}, the starting loss is {start:.3g}"
+        if growth > self.chaos_growth and flips(recent) >= 0.5:
+            return f"chaos: tangents grow by {growth:.4f} a step and h flips its sign"
+        return ""
 
     def shrunk(self, space: Space, phi: Array) -> Array:
         """(q,) phi with the step sizes divided by `shrink`, within the bounds; phi itself where there are none."""
@@ -64,7 +80,7 @@ def coherence(H: Array) -> Array:
 
 
 def flips(H: Array) -> float:
-    """Largest share, over the coordinates, of neighbours in the trajectory (m, q) that differ in sign; 0 where m < 3."""
-    if len(H) < 3:
+    """Largest share, over the coordinates, of neighbours in the trajectory (m, q) that differ in sign; 0 where m < 10."""
+    if len(H) < 10:  # so few flip by chance
         return 0.0
     return float((np.sign(H[1:]) * np.sign(H[:-1]) < 0).mean(axis=0).max())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,9 @@ class History:
     def __getitem__(self, i: int) -> Record:
         return self._records[i]
 
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records)
+
     def __getattr__(self, name: str) -> NDArray[Any]:
         if name not in Record._fields:
             raise AttributeError(f"History has no column {name!r}; it has {Record._fields} and trajectory.")
@@ -74,6 +78,11 @@ class History:
     @property
     def trajectory_step(self) -> NDArray[np.int64]:
         return np.array(self._trajectory_step, np.int64)
+
+    def trajectory_since(self, step: int) -> Array:
+        """(m, q) the hypergradients recorded after a step."""
+        m = sum(1 for _ in itertools.takewhile(lambda s: s > step, reversed(self._trajectory_step)))
+        return np.array(self._trajectory[len(self._trajectory) - m :], np.float64).reshape(m, len(self.labels))
 
     def append(self, record: Record) -> None:
         self._records.append(record)

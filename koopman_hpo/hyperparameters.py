@@ -8,7 +8,7 @@ phi (q,).  The chain rule through transforms, groups and schedules lives in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -166,6 +166,8 @@ def _make(
         bounds = (min(low, finite.min()), max(high, finite.max())) if finite.size else default
     elif not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise HyperparameterError(f"{transform.name}: bounds must be a pair (low, high), got {bounds!r}.")
+    if knots is not None and not isinstance(knots, Iterable):
+        raise HyperparameterError(f"{transform.name}: knots must be increasing inner steps, got {knots!r}.")
     knots = None if knots is None else tuple(knots)
     return Hyperparameter(array, transform, (bounds[0], bounds[1]), knots, schedule)
 

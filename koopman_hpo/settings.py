@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from .tuner import Tuner
 
 
+def strategy(value: Any) -> None:
+    """Before anything is read from it."""
+    if isinstance(value, type) or not all(hasattr(value, n) for n in ("mode", "snapshots", "cut", "estimate")):
+        raise HyperparameterError(
+            f"Tuner: strategy must be Local(), Global(), Glocal() or an object with mode, snapshots, cut and estimate, "
+            f"got {value!r}."
+        )
+
+
 def check(tuner: Tuner) -> None:
     whole = {"steps": tuner.steps, "window": tuner.window, "runs": tuner.runs}
     for name, n in (whole | ({} if tuner.every is None else {"every": tuner.every})).items():

@@ -19,10 +19,11 @@ from . import outer as outer_optimizers
 from . import settings
 from .batches import source
 from .errors import DivergenceWarning, ShapeError
-from .guard import Guard, coherence, flips
+from .guard import Guard, coherence
 from .history import History, Record
 from .inner import Inner
 from .koopman import Forecast
+from .modes import MODES
 from .outer import Outer, OuterState
 from .strategies import Glocal, Strategy
 
@@ -48,6 +49,7 @@ class Window(NamedTuple):
     number: int  # windows begun before
     length: int  # inner steps planned
     done: int  # inner steps taken
+    first: float  # inner loss before the first step
     loss: float  # sum of inner losses
     H: list[Array]  # hypergradients recorded, (q,) each
 
@@ -95,21 +97,23 @@ class Tuner:
     ):
         self.inner, self.strategy, self.guard = inner, strategy or Glocal(), guard
         self.outer, self.callbacks = outer or outer_optimizers.adam(), tuple(callbacks)
+        settings.strategy(self.strategy)
         self.mode = mode or self.strategy.mode
         self.steps, self.window, self.runs, self.forget, self.every = steps, window, runs, forget, every
         settings.check(self)
+        self._mode = MODES[self.mode]
         space = inner.space
         self.phi = space.clip(space.check(space.phi0 if phi is None else phi, "Tuner"))
         self.history = History(space.labels)
         self.used, self.reason, self.cut = 0, "", self.strategy.cut
         self._outer_state: OuterState = self.outer.init(space.q)
-        self._initial = inner.snapshot()
-        self._value0 = math.nan
+        self.initial = inner.snapshot()
+        self.value0 = math.nan
         self._value = math.nan
         self._rollbacks = 0
         self._best: tuple[float, Array, NDArray] | None = None
         self._norms: list[tuple[int, float]] = []
-        self._window = self._open()
+        self.progress = self._open(0)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -125,7 +129,7 @@ class Tuner:
     @property
     def budget(self) -> int:
         """The most inner steps that tuning takes."""
-        return self.steps if self.mode == "online" else self.steps * self.runs
+        return self._mode.budget(self)
 
     @property
     def result(self) -> Result:
@@ -148,11 +152,13 @@ class Tuner:
         """
         if self.done:
             raise RuntimeError(f"Tuner.step: tuning has ended ({self.reason}); look at tuner.result.")
-        if math.isnan(self._value0):
-            self._value0 = self._start_value(val_batch)
+        if math.isnan(self.value0):
+            self.value0 = self._start_value(val_batch)
         loss = self.inner.step(self.phi, batch)
         self.used += 1
-        w = self._window = self._window._replace(done=self._window.done + 1, loss=self._window.loss + loss)
+        w = self.progress
+        first = loss if w.done == 0 else w.first
+        w = self.progress = w._replace(done=w.done + 1, first=first, loss=w.loss + loss)
         if not math.isfinite(loss):
             self._roll_back(f"inner loss is {loss}")
         elif w.done % self._spacing(w.length) == 0 or w.done == w.length:
@@ -181,8 +187,8 @@ class Tuner:
         )
         window, val = -1, None
         while not self.done:
-            if window != self._window.number:  # one outer batch a window: its trajectory is of one function
-                window, val = self._window.number, val_batch(self._window.number)
+            if window != self.progress.number:  # one outer batch a window: its trajectory is of one function
+                window, val = self.progress.number, val_batch(self.progress.number)
             self.step(inner_batch(self.used), val)
         if self.mode == "restart" and self.reason == "finished":
             self._final_run(inner_batch, val_batch)
@@ -190,26 +196,26 @@ class Tuner:
 
     def snapshot(self) -> dict[str, Any]:
         """Everything that a resumed run needs: `{name: array}` and, under "meta", plain numbers and strings."""
-        w, best = self._window, self._best
+        w, best = self.progress, self._best
         meta = {
             "settings": self.settings,
             "scalars": [
                 self.used,
                 self.reason,
                 self.cut,
-                self._value0,
+                self.value0,
                 self._value,
                 self._rollbacks,
                 self._norms,
             ],
-            "window": [w.number, w.length, w.done, w.loss],
+            "window": [w.number, w.length, w.done, w.first, w.loss],
             "outer": self._outer_state.steps,
             "best": None if best is None else best[0],
         }
         arrays = {f"inner/{k}": v for k, v in self.inner.snapshot().items()}
         arrays |= {f"start/{k}": v for k, v in w.start.items()}
         if self.mode == "restart":
-            arrays |= {f"initial/{k}": v for k, v in self._initial.items()}
+            arrays |= {f"initial/{k}": v for k, v in self.initial.items()}
         arrays |= {f"history/{k}": v for k, v in self.history.arrays().items()}
         arrays |= {"phi": self.phi.copy(), "mean": self._outer_state.mean, "square": self._outer_state.square}
         arrays |= {"H": np.array(w.H).reshape(-1, self.phi.size)}
@@ -228,23 +234,23 @@ class Tuner:
         settings.same(self.settings, meta["settings"])
         part = lambda head: {k.removeprefix(head): v for k, v in snapshot.items() if k.startswith(head)}
         history, phi = History.from_arrays(part("history/")), np.array(snapshot["phi"])
-        number, length, done, loss = meta["window"]
-        window = Window(part("start/"), number, length, done, loss, list(snapshot["H"]))
+        number, length, done, first, loss = meta["window"]
+        window = Window(part("start/"), number, length, done, first, loss, list(snapshot["H"]))
         outer_state = OuterState(snapshot["mean"], snapshot["square"], meta["outer"])
         best = meta["best"]
         best = None if best is None else (best, snapshot["best/phi"], snapshot["best/params"])
         used, reason, cut, value0, value, rollbacks, norms = meta["scalars"]
         self.inner.restore(part("inner/"))  # refuses what does not fit; nothing else has moved yet
-        self.history, self.phi, self._window, self._outer_state, self._best = (
+        self.history, self.phi, self.progress, self._outer_state, self._best = (
             history,
             phi,
             window,
             outer_state,
             best,
         )
-        self.used, self.reason, self.cut, self._value0, self._value = used, reason, cut, value0, value
+        self.used, self.reason, self.cut, self.value0, self._value = used, reason, cut, value0, value
         self._rollbacks, self._norms = rollbacks, [(int(n), float(size)) for n, size in norms]
-        self._initial = part("initial/") or self._initial
+        self.initial = part("initial/") or self.initial
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -256,14 +262,8 @@ class Tuner:
 
     # -- windows ---------------------------------------------------------------------------------------------------
 
-    def _open(self) -> Window:
-        if self.mode == "restart":
-            length = max(1, round(self.cut * self.steps))
-        else:
-            length = min(self.window, self.steps - self.used)
-        number = 0 if not hasattr(self, "_window") else self._window.number + 1
-        start = self._initial if self.mode == "restart" else self.inner.snapshot()
-        return Window(start, number, length, 0, 0.0, [])
+    def _open(self, number: int) -> Window:
+        return Window(self._mode.start(self), number, self._mode.length(self), 0, math.nan, 0.0, [])
 
     def _spacing(self, length: int) -> int:
         return self.every or max(1, math.ceil(length / self.strategy.snapshots))
@@ -277,64 +277,52 @@ class Tuner:
         return value
 
     def _close(self, value: float) -> None:
-        w = self._window
+        w = self.progress
         H = np.array(w.H)
-        verdict = self._verdict(value, H)
+        verdict = self._verdict(value, H[-1])
         if verdict:
             self._roll_back(verdict, value)
             return
-        self._rollbacks = 0
-        self._value = value
-        forecast = self.strategy.estimate(H, self._ahead())
-        event = self._chaos(H)
-        move = np.zeros_like(self.phi)
-        before, target = self.phi, self.phi
-        if not event:
+        self._rollbacks, self._value = 0, value
+        ahead = max(0, round(self._mode.left(self) / self._spacing(w.length)))
+        forecast = self.strategy.estimate(H, ahead)
+        doubt = self._doubt(H[-1])
+        elsewhere = self._mode.after_doubt(self) if doubt else None
+        if elsewhere is not None:
+            target = elsewhere
+            self._outer_state = self.outer.init(self.phi.size)
+            self._norms.clear()
+        else:
             step, self._outer_state = self.outer.update(forecast.value, self._outer_state, self._lr())
-            target = self.inner.space.clip(before - step)
-            move = before - target
-        self._record(H, forecast, move, value, event)
+            target = self.inner.space.clip(self.phi - step)
+        self._record(H, forecast, self.phi - target, value, f"not used, {doubt}" if elsewhere is not None else "")
         self._keep_best(value)
         self.phi = target
-        self._next(forecast.value, reset=bool(event))
+        self._mode.advance(self, forecast.value, reset=elsewhere is not None)
+        self._next()
 
-    def _verdict(self, value: float, H: Array) -> str:
-        if self.guard is not None:
-            return self.guard.verdict(value, H[-1], self._value0)
-        return Guard(factor=math.inf).verdict(value, H[-1], abs(self._value0))
-
-    def _ahead(self) -> int:
-        """Snapshots between the last one and the end of training."""
-        left = self.steps - (self._window.length if self.mode == "restart" else self.used)
-        return max(0, round(left / self._spacing(self._window.length)))
+    def _verdict(self, value: float, h: Array) -> str:
+        """Why the window must go, or an empty string."""
+        if not math.isfinite(value):
+            return f"validation loss is {value}"
+        if not np.isfinite(h).all():
+            return "hypergradient is not finite"
+        return self._mode.verdict(self, value) if self.guard is not None else ""
 
     def _lr(self) -> float:
-        """Outer step size: .005 an inner step online; in mode `restart` a fixed stride, since phi is held for a run."""
-        if self.outer.lr is not None:
-            return self.outer.lr
-        return 0.005 * self._window.length if self.mode == "online" else 0.3
+        return self.outer.lr if self.outer.lr is not None else self._mode.lr(self)
 
-    def _next(self, estimate: Array, *, reset: bool) -> None:
-        if self.mode == "online":
-            whole = getattr(self.inner, "directions", None) is not None  # fresh random directions: nothing to carry
-            self.inner.forget(0 if reset or whole else self.forget**self._window.length)
-            self.reason = "finished" if self.used >= self.steps else ""
-        else:
-            self.inner.restore(self._initial)
-            self._continue(estimate)
-            self.reason = "finished" if self._window.number + 1 >= self.runs else ""
+    def _next(self) -> None:
+        """Open the next window, or end; either way the callbacks look on."""
+        if not self.done and self._mode.ended(self):
+            self.reason = "finished"
         if not self.done:
-            self._window = self._open()
-        self._call_back()
-
-    def _continue(self, estimate: Array) -> None:
-        """Horizon continuation: double the cut when this outer gradient opposes the last one."""
-        last = [r.estimate for r in self.history._records[:-1] if not r.event]
-        if last and float(last[-1] @ estimate) < 0:
-            self.cut = min(1.0, 2 * self.cut)
+            self.progress = self._open(self.progress.number + 1)
+        for call in self.callbacks:
+            call(self)
 
     def _keep_best(self, value: float) -> None:
-        full = self.mode == "restart" and self._window.length == self.steps
+        full = self.mode == "restart" and self.progress.length == self.steps
         if full and (self._best is None or value < self._best[0]):
             self._best = (value, self.phi.copy(), self.inner.params)
 
@@ -342,7 +330,7 @@ class Tuner:
 
     def _roll_back(self, why: str, value: float = math.nan) -> None:
         """Back to the window's start with zero tangents and a smaller step, or the end of tuning."""
-        w = self._window
+        w = self.progress
         self._rollbacks += 1
         guard = self.guard or Guard()
         shrunk = guard.shrunk(self.inner.space, self.phi)
@@ -358,33 +346,25 @@ class Tuner:
         self._record(H, Forecast(nothing, nothing, False, why, "none", math.nan, math.nan), self.phi - shrunk, value, event)
         self.inner.restore(w.start)
         self.inner.forget(0)
+        self._outer_state = self.outer.init(self.inner.space.q)
         self._norms.clear()
         self.phi = shrunk
-        if not self.done:
-            ended = self.used >= self.steps if self.mode == "online" else w.number + 1 >= self.runs
-            self.reason = "finished" if ended else ""
-        if not self.done:
-            self._window = self._open()
-        self._call_back()
+        self._next()
 
-    def _chaos(self, H: Array) -> str:
-        """An event's text if the tangents explode while the hypergradient's sign is a coin toss."""
+    def _doubt(self, h: Array) -> str:
+        """The guard's doubt about a hypergradient, with how fast the tangents have been growing."""
         if self.guard is None:
             return ""
         now, size = self.used, self.inner.tangent_norm()
         self._norms = [n for n in self._norms if now - n[0] <= self.guard.chaos_steps] + [(now, size)]
-        then, before = self._norms[0]
-        recent = self.history.trajectory[self.history.trajectory_step > now - self.guard.chaos_steps]
-        if now - then < self.guard.chaos_steps or not before > 0:
-            return ""
-        growth = math.log(size / before) / (now - then)
-        if growth <= self.guard.chaos_growth or flips(recent) < 0.5:
-            return ""
-        self._norms.clear()
-        return f"chaos: tangents grow by {growth:.4f} a step and h flips sign; estimate not used"
+        (then, before), growth = self._norms[0], math.nan
+        if now - then >= self.guard.chaos_steps and before > 0 and size > 0:
+            growth = math.log(size / before) / (now - then)
+        recent = self.history.trajectory_since(now - self.guard.chaos_steps)
+        return self.guard.doubt(h, self._lr(), self.value0, growth, recent)
 
     def _record(self, H: Array, forecast: Forecast, move: Array, value: float, event: str) -> None:
-        w = self._window
+        w = self.progress
         with np.errstate(invalid="ignore"):
             wave = coherence(H)
         self.history.append(
@@ -406,24 +386,20 @@ class Tuner:
             )
         )
 
-    def _call_back(self) -> None:
-        for call in self.callbacks:
-            call(self)
-
     def _final_run(self, inner_batch: Callable[[int], Any], val_batch: Callable[[int], Any]) -> None:
         """Train once, to the end and without tangents, with the hyperparameters found; keep the better of it and the
         best full run before."""
-        self.inner.restore(self._initial)
+        self.inner.restore(self.initial)
         for t in range(self.steps):
             loss = self.inner.step(self.phi, inner_batch(t), tangents=False)
             if not math.isfinite(loss):
                 break
         self.used += self.steps
-        value = self.inner.hypergradient(val_batch(self._window.number + 1)).value
+        value = self.inner.hypergradient(val_batch(self.progress.number + 1)).value
         if not math.isfinite(value):
             self.reason = "finished, but the final run diverged: best full run before it, or the start"
             warnings.warn(f"Tuner.fit: {self.reason}.", DivergenceWarning, stacklevel=3)
-            self.inner.restore(self._initial)
+            self.inner.restore(self.initial)
         elif self._best is None or value <= self._best[0]:
             self._value = value
             self._best = (value, self.phi.copy(), self.inner.params)

@@ -14,7 +14,8 @@ def quadratic(A, b, theta0, target=None, dtype=np.float64):
         return 0.5 * theta @ A @ theta - b @ theta, A @ theta - b, Z @ A
 
     def outer(theta, hyper, batch):
-        return 0.5 * np.sum((theta - target) ** 2), theta - target, {}
+        value = np.nan if batch == "nan" else 0.5 * np.sum((theta - target) ** 2)
+        return value, theta - target, {}
 
     return Problem(theta0, grad_jvp, outer, hyper=frozenset())
 

@@ -1,0 +1,410 @@
+"""The outer loop: updates, guard, modes, resume, and what it refuses."""
+
+import numpy as np
+import pytest
+import toys
+
+from koopman_hpo import (
+    CheckpointError,
+    DivergenceWarning,
+    Global,
+    Glocal,
+    Guard,
+    History,
+    HyperparameterError,
+    Local,
+    Problem,
+    ShapeError,
+    Space,
+    Tuner,
+    checkpoint,
+    hypergradient,
+    inner,
+    log,
+    logit,
+    outer,
+)
+from koopman_hpo.guard import coherence, flips
+
+BATCHES, VAL = toys.batches(1, 40), [toys.data(7)]
+SPACE = Space(lr=log(0.01), momentum=logit(0.8), l2=log(0.1))
+
+
+def make(strategy=None, space=SPACE, options=None, **settings):
+    run = inner.sgd(toys.logistic(np.linspace(-1, 1, 5)), space, **(options or {}))
+    return Tuner(run, strategy, **{"steps": 120, "window": 20} | settings)
+
+
+def same(a, b):
+    left, right = a.arrays(), b.arrays()
+    return left.keys() == right.keys() and all(
+        np.array_equal(left[k], right[k], equal_nan=left[k].dtype.kind == "f") for k in left
+    )
+
+
+@pytest.mark.parametrize("strategy", [Local(), Glocal(), Global(), Local(mode="restart"), Glocal(mode="restart")])
+def test_tunes_to_the_end_and_records_every_window(strategy):
+    tuner = make(strategy, runs=4)
+    result = tuner.fit(BATCHES, VAL)
+    n = 6 if strategy.mode == "online" else 4
+    assert result.reason == "finished"
+    assert tuner.done
+    assert len(result.history) == n
+    assert result.history.phi.shape == result.history.estimate.shape == (n, 3)
+    assert (result.history.event == "").all()
+    assert np.isfinite(result.params).all()
+    assert result.hyper == SPACE.natural(result.phi)
+    assert result.steps == 120 if strategy.mode == "online" else result.steps > 120
+
+
+def test_moves_against_the_hypergradient_of_the_window():
+    tuner = make(Local())
+    want = hypergradient(make().inner, [BATCHES[t] for t in range(20)], VAL[0]).grad
+    for t in range(20):
+        tuner.step(BATCHES[t], VAL[0])
+    row = tuner.history[0]
+    assert np.array_equal(row.h, want)
+    assert np.array_equal(row.estimate, want)
+    # the first step of Adam has the size lr, here .005 a step of the window
+    np.testing.assert_allclose(row.move, 0.1 * np.sign(want), rtol=1e-6)
+    assert np.array_equal(tuner.phi, SPACE.phi0 - row.move)
+
+
+def test_exact_restarts_find_the_best_regularisation():
+    """One parameter, training loss 1/2 (t - 3)^2 + l2/2 t^2, outer 1/2 (t - 1)^2: at the end t = 3 / (1 + l2), so l2 = 2."""
+
+    def grad_jvp(theta, hyper, Z, dhyper, batch):
+        return 0.0, theta - 3 + hyper["l2"] * theta, Z * (1 + hyper["l2"]) + np.outer(dhyper["l2"], theta)
+
+    problem = Problem(np.zeros(1), grad_jvp, lambda th, h, b: (0.5 * np.sum((th - 1) ** 2), th - 1, {}))
+    tuner = Tuner(inner.sgd(problem, Space(l2=log(0.1)), lr=0.2), Global(), steps=60, runs=40)
+    result = tuner.fit([None], [None])
+    assert result.hyper["l2"] == pytest.approx(2.0, rel=0.05)
+    assert result.params[0] == pytest.approx(1.0, rel=0.02)
+
+
+def test_a_loop_of_ones_own_equals_fit():
+    mine, theirs = make(Glocal()), make(Glocal())
+    for t in range(120):
+        mine.step(BATCHES[t % 40], VAL[0])
+    theirs.fit(BATCHES, VAL)
+    assert same(mine.history, theirs.history)
+    with pytest.raises(RuntimeError, match="has ended"):
+        mine.step(BATCHES[0], VAL[0])
+
+
+@pytest.mark.parametrize("batches", [BATCHES, lambda t: BATCHES[t % 40], iter(BATCHES * 3)])
+def test_batches_come_from_a_list_a_function_or_an_iterator(batches):
+    assert same(make(Local()).fit(batches, VAL).history, make(Local()).fit(BATCHES, VAL).history)
+
+
+def test_one_outer_batch_a_window():
+    seen = []
+    tuner = make(Glocal())
+    tuner.fit(BATCHES, lambda n: seen.append(n) or VAL[0])
+    assert seen == [0, 1, 2, 3, 4, 5]
+
+
+def test_bounds_hold():
+    space = Space(lr=log(0.01, bounds=(0.0099, 0.0101)), l2=log(0.1, bounds=(0.09, 0.11)))
+    history = make(Local(), space).fit(BATCHES, VAL).history
+    lr, l2 = np.exp(history.phi.T)
+    assert lr.min() >= 0.0099 * (1 - 1e-12)
+    assert lr.max() <= 0.0101 * (1 + 1e-12)
+    assert l2.min() >= 0.09 * (1 - 1e-12)
+    assert l2.max() <= 0.11 * (1 + 1e-12)
+    np.testing.assert_allclose(history.phi[:-1] - history.move[:-1], history.phi[1:])
+
+
+def test_callbacks_see_the_tuner_after_every_window():
+    seen = []
+    make(Local(), callbacks=[lambda t: seen.append((t.used, t.done))]).fit(BATCHES, VAL)
+    assert seen == [(20 * n, n == 6) for n in range(1, 7)]
+
+
+@pytest.mark.parametrize("make_outer", [outer.adam, outer.sgd, outer.sign])
+def test_outer_optimizers_step_at_most_their_clip(make_outer):
+    optimizer, rng = make_outer(), np.random.default_rng(0)
+    state = optimizer.init(3)
+    for scale in 10.0 ** rng.uniform(-6, 6, 50):
+        step, state = optimizer.update(scale * rng.normal(size=3), state, 0.1)
+        assert np.abs(step).max() <= 0.2 + 1e-15
+    assert state.steps == 50
+
+
+# -- when things go wrong ----------------------------------------------------------------------------------------------
+
+
+def blow_up(lr=1e6, **settings):
+    """Gradient descent on a quadratic, which explodes for lr > 2."""
+    problem = toys.quadratic(np.eye(3), np.zeros(3), np.ones(3))
+    return Tuner(inner.sgd(problem, Space(lr=log(lr))), Local(), **{"steps": 400, "window": 10} | settings)
+
+
+def test_divergence_is_rolled_back_until_training_works():
+    tuner = blow_up()
+    with np.errstate(all="ignore"):
+        result = tuner.fit([None], [None])
+    events = [e for e in result.history.event if e]
+    assert len(events) >= 12  # 1e6 / 3^12 = 1.9
+    assert all(e.startswith("rolled back") for e in events)
+    assert result.value < 1e-3
+    assert result.hyper["lr"] < 2
+    assert result.reason == "finished"
+    assert np.isfinite(result.params).all()
+    np.testing.assert_allclose(result.history.phi[0] - result.history.phi[1], np.log(3))
+
+
+def test_a_rollback_returns_to_the_windows_start_bit_for_bit():
+    tuner = blow_up(lr=0.5)
+    for _ in range(10):
+        tuner.step(None, None)
+    good = tuner.inner.params
+    tuner.phi = np.log([1e300])
+    with np.errstate(all="ignore"):
+        while len(tuner.history) < 2:
+            tuner.step(None, None)
+    assert np.array_equal(tuner.inner.params, good)
+    assert not tuner.inner.tangents.any()
+    assert "inner loss is" in tuner.history.event[1] or "validation loss" in tuner.history.event[1]
+
+
+def test_divergence_that_nothing_can_stop_ends_tuning_with_the_last_good_parameters():
+    problem = toys.quadratic(np.eye(3), np.zeros(3), np.ones(3))
+    tuner = Tuner(inner.sgd(problem, Space(momentum=logit(0.5)), lr=1e9), Local(), steps=400, window=10)
+    with np.errstate(all="ignore"), pytest.warns(DivergenceWarning, match="Tune lr"):
+        result = tuner.fit([None], [None])
+    assert result.reason.startswith("stopped: 3 rollbacks")
+    assert (result.params == 1).all()
+    assert result.steps < 400
+    assert result.history.event[-1].endswith("stopped")
+
+
+def test_patience_is_limited():
+    tuner = blow_up(lr=1e9, guard=Guard(patience=4))
+    with np.errstate(all="ignore"), pytest.warns(DivergenceWarning, match="smaller lr"):
+        assert tuner.fit([None], [None]).reason.startswith("stopped: 4 rollbacks")
+
+
+def test_without_a_guard_only_what_is_not_finite_is_rolled_back():
+    tuner = blow_up(lr=3.0, guard=None, steps=50)
+    tuner.fit([None], [None])
+    assert (tuner.history.event == "").all()
+    assert tuner.history.value[-1] > 1.5
+
+
+def test_a_hypergradient_that_promises_too_much_is_recorded_and_not_used():
+    # momentum SGD near the edge of stability: h grows far beyond the loss while the loss itself does not
+    tuner = make(Local(), guard=Guard(excess=1e-9))
+    result = tuner.fit(BATCHES, VAL)
+    assert all(e.startswith("not used, excess") for e in result.history.event)
+    assert np.array_equal(result.phi, SPACE.phi0)
+    assert (result.history.move == 0).all()
+    assert np.isfinite(result.history.estimate).all()
+
+
+def test_chaos_needs_growth_and_flips():
+    guard, h = Guard(), np.array([0.1])
+    flipping, steady = np.array([[1.0], [-1.0]] * 10), np.ones((20, 1))
+    assert guard.doubt(h, 0.1, 1.0, 0.01, flipping).startswith("chaos")
+    assert guard.doubt(h, 0.1, 1.0, 0.01, steady) == ""
+    assert guard.doubt(h, 0.1, 1.0, 0.001, flipping) == ""
+    assert guard.doubt(h, 0.1, 1.0, np.nan, flipping) == ""
+    assert guard.doubt(100 * h, 0.2, 1.0, np.nan, steady).startswith("excess")
+    assert guard.doubt(100 * h, 0.2, 0.0, np.nan, steady) == ""  # no scale to compare with
+
+
+def test_coherence_tells_a_steady_sign_from_a_coin_toss():
+    H = np.array([[1.0, 1.0, 0.0], [2.0, -1.0, 0.0]] * 6)
+    np.testing.assert_allclose(coherence(H), [1.0, 0.0, 1.0])
+    assert flips(H) == 1.0
+    assert flips(H[:, :1]) == 0.0
+    assert flips(H[:4]) == 0.0
+
+
+def test_a_restart_that_diverges_begins_again_with_a_smaller_lr():
+    tuner = blow_up(lr=100.0, steps=30, runs=12)
+    tuner = Tuner(tuner.inner, Global(), steps=30, runs=12)
+    with np.errstate(all="ignore"):
+        result = tuner.fit([None], [None])
+    assert result.history.event[0].startswith("rolled back")
+    assert result.value < 1e-3
+
+
+def test_the_horizon_doubles_when_outer_gradients_oppose_each_other():
+    class Flip:
+        mode, snapshots, cut, sign = "restart", 1, 0.1, 1.0
+
+        def estimate(self, H, ahead):
+            from dataclasses import replace
+
+            Flip.sign *= -1
+            return replace(Local().estimate(H, 0), value=np.full(3, Flip.sign))
+
+    tuner, cuts = make(Flip(), runs=6), []
+    tuner.callbacks = (lambda t: cuts.append(t.cut),)
+    tuner.fit(BATCHES, VAL)
+    assert cuts == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+
+
+def test_random_directions_tune_too():
+    space = Space(lr=log([0.01] * 5), l2=log(0.1))
+    tuner = make(Glocal(), space, {"directions": 2, "groups": (1,) * 5})
+    directions = [tuner.inner.directions]
+    tuner.callbacks = (lambda t: directions.append(t.inner.directions),)
+    result = tuner.fit(BATCHES, VAL)
+    assert result.reason == "finished"
+    assert not np.array_equal(directions[0], directions[1])
+
+
+# -- resume ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", [Local(), Glocal(), Global(), Glocal(mode="restart")])
+@pytest.mark.parametrize("at", [0, 1, 20, 33, 119])
+@pytest.mark.parametrize("options", [{}, {"directions": 2, "seed": 5}])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, strategy, at, options):
+    whole, cut = (make(strategy, options=options, runs=3) for _ in range(2))
+    want = whole.fit(BATCHES, VAL)
+    for t in range(at):
+        if not cut.done:  # a restart cut short ends sooner
+            cut.step(BATCHES[t % 40], VAL[0])
+    path = checkpoint.save(tmp_path / "run.npz", cut)
+    fresh = make(strategy, options=options, runs=3)
+    fresh.inner.run(SPACE.phi0, BATCHES[:2], VAL[0])  # whatever it did before is replaced
+    got = checkpoint.load(path, fresh).fit(BATCHES, VAL)
+    assert same(got.history, want.history)
+    assert np.array_equal(got.params, want.params)
+    assert np.array_equal(got.phi, want.phi)
+    assert (got.value, got.steps, got.reason) == (want.value, want.steps, want.reason)
+
+
+def test_a_resumed_run_remembers_its_rollbacks(tmp_path):
+    whole, cut, fresh = blow_up(), blow_up(), blow_up()
+    with np.errstate(all="ignore"):
+        want = whole.fit([None], [None])
+        for _ in range(35):
+            cut.step(None, None)
+        checkpoint.save(tmp_path / "run.npz", cut)
+        got = checkpoint.load(tmp_path / "run.npz", fresh).fit([None], [None])
+    assert same(got.history, want.history)
+
+
+def test_a_history_survives_its_file(tmp_path):
+    history = make(Glocal()).fit(BATCHES, VAL).history
+    assert same(History.load(history.save(tmp_path / "h.npz")), history)
+    assert not list(tmp_path.glob(".*"))  # no temporary file stays
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def foreign(path):
+    np.savez(path, a=np.ones(3))
+    return path
+
+
+def pickled(path):
+    np.savez(path, a=np.array([{}], dtype=object))
+    return path
+
+
+def truncated(path):
+    checkpoint.save(path, make())
+    path.write_bytes(path.read_bytes()[:-200])
+    return path
+
+
+def versioned(path):
+    from koopman_hpo import files
+
+    version, files.VERSION = files.VERSION, 99
+    try:
+        return checkpoint.save(path, make())
+    finally:
+        files.VERSION = version
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda p: p, "no file"),
+        (lambda p: write(p, b""), "corrupt"),
+        (lambda p: write(p, b"hello"), "corrupt"),
+        (foreign, "not written by koopman_hpo"),
+        (pickled, "corrupt"),
+        (truncated, "corrupt"),
+        (versioned, "version 99"),
+        (lambda p: make().history.save(p), "holds a history"),
+        (lambda p: checkpoint.save(p, make(steps=121)), "steps was 121"),
+        (lambda p: checkpoint.save(p, make(Local())), "strategy"),
+        (lambda p: checkpoint.save(p, make(space=Space(lr=log(0.01)))), "labels"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_and_nothing_moves(tmp_path, spoil, says):
+    tuner, twin = make(), make()
+    for t in range(30):
+        tuner.step(BATCHES[t], VAL[0])
+        twin.step(BATCHES[t], VAL[0])
+    with pytest.raises(CheckpointError, match=says):
+        checkpoint.load(spoil(tmp_path / "x.npz"), tuner)
+    assert np.array_equal(tuner.inner.params, twin.inner.params)
+    assert same(tuner.history, twin.history)
+
+
+def test_another_model_is_refused_and_nothing_moves(tmp_path):
+    path = checkpoint.save(tmp_path / "x.npz", make())
+    other = Tuner(inner.sgd(toys.logistic(np.ones(7)), SPACE), None, steps=120, window=20)
+    with pytest.raises(ShapeError, match="another model"):
+        checkpoint.load(path, other)
+    assert other.used == 0
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = checkpoint.save(tmp_path / "x.npz", make())
+    before = path.read_bytes()
+    monkeypatch.setattr(np, "savez", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(path, make())
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: make(steps=0), HyperparameterError, "steps must be"),
+        (lambda: make(steps=10, window=11), HyperparameterError, "longer than the run"),
+        (lambda: make(window=0), HyperparameterError, "window must be"),
+        (lambda: make(window=2.5), HyperparameterError, "window must be"),
+        (lambda: make(every=0), HyperparameterError, "every must be"),
+        (lambda: make(every=21), HyperparameterError, "records nothing"),
+        (lambda: make(forget=1.5), HyperparameterError, "forget"),
+        (lambda: make(mode="onlin"), HyperparameterError, "'online' or 'restart'"),
+        (lambda: make(Global(), mode="online"), HyperparameterError, "Global needs mode='restart'"),
+        (lambda: make(phi=np.zeros(2)), ShapeError, r"\(q,\)"),
+        (lambda: make("glocal"), HyperparameterError, "strategy"),
+        (lambda: Tuner(np.ones(3), steps=10), HyperparameterError, "must be an Inner"),
+        (lambda: make(space=Space(), options={"lr": 0.1}), HyperparameterError, "nothing to tune"),
+        (lambda: Glocal(method="afine"), HyperparameterError, "Did you mean"),
+        (lambda: Glocal(clip=0), HyperparameterError, "clip"),
+        (lambda: Global(mode="online"), HyperparameterError, "Global"),
+        (lambda: Guard(factor=0.5), HyperparameterError, "factor > 1"),
+        (lambda: outer.adam(-1.0), HyperparameterError, "lr must be positive"),
+        (lambda: outer.adam(b1=1.0), HyperparameterError, "b1"),
+        (lambda: outer.sgd(clip=0), HyperparameterError, "clip"),
+        (lambda: make().fit([], VAL), ShapeError, "batches is empty"),
+        (lambda: make().fit(iter([]), VAL), ShapeError, "batches is empty"),
+        (lambda: make(Local()).fit(iter(BATCHES), VAL), ShapeError, "ran out"),
+        (lambda: make().fit(BATCHES[0], VAL), ShapeError, r"write \[batch\]"),
+        (lambda: make().fit(BATCHES, VAL[0]), ShapeError, r"val_batches must be a list"),
+        (lambda: make().fit(BATCHES, 3), ShapeError, "val_batches must be"),
+        (lambda: blow_up().step(None, "nan"), ShapeError, "validation batch"),
+        (lambda: checkpoint.save("/nowhere/x.npz", make()), CheckpointError, "does not exist"),
+    ],
+)
+def test_bad_input_is_refused_with_advice(call, error, says):
+    with pytest.raises(error, match=says):
+        call()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +20,17 @@ from .problem import Array, Hypergradient, Linearisation, Problem
 from .tangent import TangentState
 
 _ARRAYS = ("theta", "slots", "Z", "dslots")
+
+
+class _Cache(NamedTuple):
+    """What `CoreInner` works out once for a phi (and, in a schedule, a step)."""
+
+    key: tuple[bytes, int]
+    point: Point
+    along: dict[str, Array]  # loss hyperparameters' seeds along the tangents' directions
+    duals: dict[str, Dual]
+    coefficients: Coefficients
+    step: list[int]  # the one for which the timed rows stand
 
 
 class CoreInner:
@@ -61,7 +72,7 @@ class CoreInner:
         scratch = np.empty((rule.scratch, int((cuts[:, 2] - cuts[:, 1]).max())), problem.params.dtype)
         self._layout = (cuts, rule.flag, scratch)
         self._state = tangent.init(problem.params, rule.slots, self._s or space.q, rule.fill)
-        self._cache: tuple[Any, Point, Coefficients] | None = None
+        self._cache: _Cache | None = None
         self.directions: Array | None = None
         self._draw()
 
@@ -182,7 +193,7 @@ class CoreInner:
                 )
         source = TangentState(**{name: snapshot[name] for name in _ARRAYS}, t=int(snapshot["t"]))
         self._state = tangent.assign(state, source)
-        self.phi = np.array(snapshot["phi"])
+        self.phi, self._cache = np.array(snapshot["phi"]), None
         if self.directions is not None:
             self.directions = np.array(snapshot["directions"])
             self._rng.bit_generator.state = json.loads(str(snapshot["rng"]))
@@ -223,32 +234,37 @@ class CoreInner:
         return self._prepare(phi)[0]
 
     def _prepare(self, phi: Array) -> tuple[Point, Coefficients]:
-        """Values, seeds along the tangents' directions, and kernel rows for the next step, kept while nothing moves."""
+        """Values, seeds and kernel rows for the next step; what has not moved since the last call is kept."""
         t = self._state.t
-        moves = self.rule.timed or self.space.scheduled
-        key = (phi.tobytes(), t if moves else min(t, 1))
-        if self._cache is None or self._cache[0] != key:
-            point = self.space.at(phi, t)
-            along = point.seeds
-            if self.directions is not None:
-                along = {n: self.directions @ s for n, s in along.items()}
-            self._cache = (key, point, self._coefficients(point, along, t))
-            self._along = {n: along[n] for n in self._loss_names}
-        self.phi = phi.copy() if phi is not self.phi else phi
-        return self._cache[1], self._cache[2]
+        key = (phi.tobytes(), t if self.space.scheduled else 0)
+        if self._cache is None or self._cache.key != key:
+            self._cache = self._at(key, phi, t)
+            self.phi = phi.copy()
+        cache = self._cache
+        now = t + 1 if self.rule.settled is None else min(t + 1, self.rule.settled)
+        if cache.step[0] != now:
+            for i in self.rule.timed:
+                cache.coefficients.c[i], cache.coefficients.dc[i] = self.rule.row(i, cache.duals, now)
+            cache.step[0] = now
+        return cache.point, cache.coefficients
 
-    def _coefficients(self, point: Point, along: Mapping[str, Array], t: int) -> Coefficients:
+    def _at(self, key: tuple[bytes, int], phi: Array, t: int) -> _Cache:
+        """Everything that depends on phi: its values, seeds along the tangents' directions, and the kernel's rows."""
         n, s, dtype = len(self._groups), len(self._state.Z), self._state.theta.dtype
+        point = self.space.at(phi, t)
+        D = self.directions
+        along = point.seeds if D is None else {name: D @ seed for name, seed in point.seeds.items()}
         duals = {}
         for name in self.rule.defaults:
+            x, dx = self._fixed.get(name), np.zeros((s, n))
             if name in self.space:
-                x, dx = np.asarray(point.values[name]), along[name]
-                dx = dx if dx.ndim == 2 else dx[:, None]
-                duals[name] = Dual(np.broadcast_to(x, (n,)), np.broadcast_to(dx, (s, n)))
-            else:
-                duals[name] = Dual(self._fixed[name], np.zeros((s, n)))
-        rows = self.rule.rows(duals, t + 1)
-        return Coefficients(np.array([r.x for r in rows], dtype), np.array([r.dx for r in rows], dtype))
+                x, seed = np.broadcast_to(point.values[name], (n,)), along[name]
+                dx = np.broadcast_to(seed if seed.ndim == 2 else seed[:, None], (s, n))
+            duals[name] = Dual(x, dx)
+        rows = [self.rule.row(i, duals, t + 1) for i in range(len(self.rule.rows))]
+        coefficients = Coefficients(np.array([r.x for r in rows], dtype), np.array([r.dx for r in rows], dtype))
+        loss_seeds = {name: along[name] for name in self._loss_names}
+        return _Cache(key, point, loss_seeds, duals, coefficients, [0])
 
     def _hyper(self, point: Point) -> dict[str, Any]:
         return {n: point.values[n] for n in self._loss_names}
@@ -258,8 +274,9 @@ class CoreInner:
         theta, Z = self._state.theta, self._state.Z if tangents else self._state.Z[:0]
         chunk = self._chunk or max(len(Z), 1)
         dG = Z[:0] if len(Z) <= chunk else np.empty_like(Z)
+        along = self._cache.along if self._cache else {}
         for a in range(0, max(len(Z), 1), chunk):
-            part = {n: self._along[n][a : a + chunk] if tangents else self._along[n][:0] for n in self._loss_names}
+            part = {n: seeds[a : a + chunk] if tangents else seeds[:0] for n, seeds in along.items()}
             loss, grads = self._call(theta, point, Z[a : a + chunk], part, batch)
             if len(Z) <= chunk:
                 return loss, grads

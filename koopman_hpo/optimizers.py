@@ -1,6 +1,6 @@
 """Inner optimizers as data: names, defaults and domains of their hyperparameters, slots, and kernel rows.
 
-Each `rows` function turns natural hyperparameters at step t into the rows that the kernel of the same name reads, with
+Each optimizer's `rows` turn natural hyperparameters at step t into what the kernel of the same name reads, with
 their tangents: everything that depends on the step count (bias correction, decay of the rate) is computed here in float64,
 derivative included, so that the kernels are free of powers.
 
@@ -42,36 +42,37 @@ def _one(like: Dual) -> Dual:
     return Dual(np.ones_like(like.x), np.zeros_like(like.dx))
 
 
-def _sgd_rows(h: Duals, t: int) -> list[Dual]:
+def _kept(h: Duals, t: int) -> Dual:
+    """`1 - dampening`; but torch starts the buffer as the first gradient, undamped, and without momentum there is no
+    buffer to damp."""
     keep = _complement(h["dampening"])
-    # torch: the buffer starts as the first gradient, undamped, and without momentum there is no buffer to damp
     plain = np.full_like(keep.x, t == 1, dtype=bool) | ((h["momentum"].x == 0) & ~h["momentum"].dx.any(axis=0))
-    keep = Dual(np.where(plain, 1.0, keep.x), np.where(plain, 0.0, keep.dx))
-    return [h["lr"], h["momentum"], keep, h["weight_decay"]]
+    return Dual(np.where(plain, 1.0, keep.x), np.where(plain, 0.0, keep.dx))
 
 
-def _adam_rows(h: Duals, t: int) -> list[Dual]:
-    b1, b2 = h["beta1"], h["beta2"]
-    biases = [_inverse_bias(b1, t), _inverse_bias(b2, t)]
-    one = _one(b1)
-    return [h["lr"], b1, _complement(b1), b2, _complement(b2), *biases, h["eps"], h["weight_decay"], one]
-
-
-def _rmsprop_rows(h: Duals, t: int) -> list[Dual]:
-    alpha = h["alpha"]
-    return [h["lr"], alpha, _complement(alpha), h["momentum"], h["eps"], h["weight_decay"], _one(alpha)]
-
-
-def _adagrad_rows(h: Duals, t: int) -> list[Dual]:
+def _decayed(h: Duals, t: int) -> Dual:
+    """`lr / (1 + (t - 1) lr_decay)`."""
     lr, decay = h["lr"], h["lr_decay"]
     slow = 1 + (t - 1) * decay.x
-    rate = Dual(lr.x / slow, lr.dx / slow - lr.x * (t - 1) * decay.dx / slow**2)
-    return [rate, h["eps"], h["weight_decay"], _one(lr)]
+    return Dual(lr.x / slow, lr.dx / slow - lr.x * (t - 1) * decay.dx / slow**2)
 
 
-def _lion_rows(h: Duals, t: int) -> list[Dual]:
-    b1, b2 = h["beta1"], h["beta2"]
-    return [h["lr"], b1, _complement(b1), b2, _complement(b2), h["weight_decay"], _one(b1)]
+Row = str | Callable[[Duals, int], Dual]
+_ONE: Row = lambda h, t: _one(next(iter(h.values())))
+_B1_LEFT: Row = lambda h, t: _complement(h["beta1"])
+_B2_LEFT: Row = lambda h, t: _complement(h["beta2"])
+_BIAS1: Row = lambda h, t: _inverse_bias(h["beta1"], t)
+_BIAS2: Row = lambda h, t: _inverse_bias(h["beta2"], t)
+_ALPHA_LEFT: Row = lambda h, t: _complement(h["alpha"])
+
+_SGD_ROWS: tuple[Row, ...] = ("lr", "momentum", _kept, "weight_decay")
+_ADAM_ROWS: tuple[Row, ...] = (
+    *("lr", "beta1", _B1_LEFT, "beta2", _B2_LEFT, _BIAS1, _BIAS2),
+    *("eps", "weight_decay", _ONE),
+)
+_RMSPROP_ROWS: tuple[Row, ...] = ("lr", "alpha", _ALPHA_LEFT, "momentum", "eps", "weight_decay", _ONE)
+_ADAGRAD_ROWS: tuple[Row, ...] = (_decayed, "eps", "weight_decay", _ONE)
+_LION_ROWS: tuple[Row, ...] = ("lr", "beta1", _B1_LEFT, "beta2", _B2_LEFT, "weight_decay", _ONE)
 
 
 class Domain(NamedTuple):
@@ -102,8 +103,8 @@ class Rule:
       name: of the optimizer.  kernel: of its kernel.  slots: number k of state arrays.
       defaults: {hyperparameter: value where it is neither tuned nor given}; None where it must be given.
       domains: {hyperparameter: Domain}.
-      rows: `(duals, t) -> rows` for the kernel, t counting from 1.
-      timed: whether the rows change with t beyond the second step.
+      rows: of the kernel, each a hyperparameter's name or a function `(duals, t) -> Dual`, t counting from 1.
+      timed: which rows change with t.  settled: the step from which on they do not, None for never.
       flag: the kernel's variant (nesterov, decoupled, centered).
       fill: what the slots start with.
       scratch: number of work rows that the kernel needs.
@@ -114,11 +115,17 @@ class Rule:
     slots: int
     defaults: Mapping[str, float | None]
     domains: Mapping[str, Domain] = field(repr=False)
-    rows: Callable[[Duals, int], list[Dual]] = field(repr=False)
-    timed: bool = False
+    rows: tuple[Row, ...] = field(repr=False)
+    timed: tuple[int, ...] = ()
+    settled: int | None = None
     flag: bool = False
     fill: float = 0.0
     scratch: int = 7
+
+    def row(self, i: int, duals: Duals, t: int) -> Dual:
+        """Row i of the kernel's coefficients at step t, counting from 1."""
+        row = self.rows[i]
+        return duals[row] if isinstance(row, str) else row(duals, t)
 
 
 _ADAM = {"lr": POSITIVE, "beta1": FRACTION, "beta2": FRACTION, "eps": POSITIVE, "weight_decay": NOT_NEGATIVE}
@@ -131,7 +138,9 @@ def sgd(nesterov: bool) -> Rule:
         1,
         {"lr": None, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0},
         {"lr": POSITIVE, "momentum": FRACTION, "dampening": FRACTION, "weight_decay": NOT_NEGATIVE},
-        _sgd_rows,
+        _SGD_ROWS,
+        timed=(2,),
+        settled=2,
         flag=nesterov,
     )
 
@@ -144,8 +153,8 @@ def adam(decoupled: bool) -> Rule:
         2,
         {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": wd},
         _ADAM,
-        _adam_rows,
-        timed=True,
+        _ADAM_ROWS,
+        timed=(5, 6),
         flag=decoupled,
     )
 
@@ -163,7 +172,7 @@ def rmsprop(centered: bool) -> Rule:
             "eps": POSITIVE,
             "weight_decay": NOT_NEGATIVE,
         },
-        _rmsprop_rows,
+        _RMSPROP_ROWS,
         flag=centered,
     )
 
@@ -175,8 +184,8 @@ def adagrad(initial_accumulator: float) -> Rule:
         1,
         {"lr": 1e-2, "lr_decay": 0.0, "eps": 1e-10, "weight_decay": 0.0},
         {"lr": POSITIVE, "lr_decay": NOT_NEGATIVE, "eps": POSITIVE, "weight_decay": NOT_NEGATIVE},
-        _adagrad_rows,
-        timed=True,
+        _ADAGRAD_ROWS,
+        timed=(0,),
         fill=initial_accumulator,
     )
 
@@ -188,5 +197,5 @@ def lion() -> Rule:
         1,
         {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0},
         {k: _ADAM[k] for k in ("lr", "beta1", "beta2", "weight_decay")},
-        _lion_rows,
+        _LION_ROWS,
     )

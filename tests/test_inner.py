@@ -75,6 +75,18 @@ def test_a_restored_run_repeats_itself_bit_for_bit(options):
     assert same(state(run), after)
 
 
+def test_a_restored_run_forgets_the_phi_and_directions_it_had():
+    run = make(directions=2)
+    saved, elsewhere = run.snapshot(), SPACE.phi0 + 0.1
+    run.run(elsewhere, BATCHES[:1], VAL)
+    want = state(run)
+    run.forget(0)
+    run.run(elsewhere, BATCHES[:1], VAL)  # along other directions
+    run.restore(saved)
+    run.run(elsewhere, BATCHES[:1], VAL)
+    assert same(state(run), want)
+
+
 def test_snapshots_do_not_move_with_the_run():
     run = make()
     saved = run.snapshot()

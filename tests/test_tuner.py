@@ -71,7 +71,7 @@ def test_moves_against_the_hypergradient_of_the_window():
 
 
 def test_exact_restarts_find_the_best_regularisation():
-    """One parameter, training loss 1/2 (t - 3)^2 + l2/2 t^2, outer 1/2 (t - 1)^2: at the end t = 3 / (1 + l2), so l2 = 2."""
+    """Training loss 1/2 (t - 3)^2 + l2/2 t^2, outer 1/2 (t - 1)^2: training ends at t = 3 / (1 + l2), so l2 = 2."""
 
     def grad_jvp(theta, hyper, Z, dhyper, batch):
         return 0.0, theta - 3 + hyper["l2"] * theta, Z * (1 + hyper["l2"]) + np.outer(dhyper["l2"], theta)
@@ -337,7 +337,7 @@ def versioned(path):
         (pickled, "corrupt"),
         (truncated, "corrupt"),
         (versioned, "version 99"),
-        (lambda p: make().history.save(p), "holds a history"),
+        (make().history.save, "holds a history"),
         (lambda p: checkpoint.save(p, make(steps=121)), "steps was 121"),
         (lambda p: checkpoint.save(p, make(Local())), "strategy"),
         (lambda p: checkpoint.save(p, make(space=Space(lr=log(0.01)))), "labels"),

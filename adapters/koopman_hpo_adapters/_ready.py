@@ -1,0 +1,165 @@
+"""The ready models' face: a batch is checked, the network's gradient taken, the penalty added.
+
+Letters: n examples, f features, c outputs, p parameters, q tangents.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from koopman_hpo.errors import AdapterError
+
+from ._mlp import CHUNK, ROWS, Network
+from ._terms import Settings
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A network and its loss terms: the three functions of a `Problem`, and the outputs."""
+
+    network: Network
+    settings: Settings
+
+    def grad_jvp(self, theta, hyper, Z, dhyper, batch):
+        """`Problem.grad_jvp`: loss, g (p,), dG (q, p)."""
+        X, y, index = self._batch("grad_jvp", batch)
+        q = self._flat("grad_jvp", theta, Z)
+        terms = self.settings.terms(hyper, dhyper, q, y, index)
+        with np.errstate(over="ignore", invalid="ignore"):  # divergence is the guard's business
+            loss, g, dG = self._sum("grad_jvp", theta, Z, X, y, terms)
+            if terms.l2 is not None:
+                loss += self._penalise(theta, Z, terms, g, dG)
+        return loss, g, dG
+
+    def outer(self, theta, hyper, batch):
+        """`Problem.outer`: the plain mean loss, without weights, smoothing or penalty; no direct dependence."""
+        X, y, _ = self._batch("outer", batch)
+        self._flat("outer", theta)
+        with np.errstate(over="ignore", invalid="ignore"):
+            loss, g, _ = self._sum("outer", theta, theta[None][:0], X, y, self.settings.plain(len(y)))
+        return loss, g, {}
+
+    def outer_hvp(self, theta, hyper, V, batch):
+        """`Problem.outer_hvp`: (n, p), the outer Hessian times each row of V (n, p)."""
+        X, y, _ = self._batch("outer_hvp", batch)
+        self._flat("outer_hvp", theta, V)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._sum("outer_hvp", theta, V, X, y, self.settings.plain(len(y)))[2]
+
+    def _sum(self, call, theta, Z, X, y, terms):
+        """loss, g (p,), dG (q, p) of `sum_i weight_i loss_i`, by blocks of examples and chunks of directions."""
+        g, dG = np.empty(theta.shape, theta.dtype), np.empty(Z.shape, Z.dtype)
+        if len(y) <= ROWS and len(Z) <= CHUNK:
+            loss, bad = self.network.gradient(theta, Z, X, y, terms, g, dG)
+            self._verify(call, g, X, y, bad, 0)
+            return loss, g, dG
+        total, sum_g, sum_dG = 0.0, np.zeros_like(g), np.zeros_like(dG)
+        for rows in _slices(len(y), ROWS):
+            for part in _slices(max(len(Z), 1), CHUNK):
+                block = terms.block(rows, part)
+                loss, bad = self.network.gradient(theta, Z[part], X[rows], y[rows], block, g, dG[part])
+                self._verify(call, g, X, y, bad, rows.start)
+                sum_dG[part] += dG[part]
+            total += loss
+            sum_g += g
+        return total, sum_g, sum_dG
+
+    def predict(self, theta, X):
+        """(n, c): outputs of the last layer (logits for a classifier) at X (n, f)."""
+        X = self._features("predict", X)
+        self._flat("predict", theta)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.concatenate([self.network.outputs(theta, X[rows]).copy() for rows in _slices(len(X), ROWS)])
+
+    def _penalise(self, theta, Z, terms, g, dG):
+        """Adds the gradient of 1/2 sum_l l2_l |theta_l|^2 to g and its tangents to dG; returns its value."""
+        value = 0.0
+        for l, layer in enumerate(self.network.layers):
+            part = layer.where
+            value += 0.5 * float(terms.l2[l]) * float(theta[part] @ theta[part])
+            g[part] += terms.l2[l] * theta[part]
+            dG[:, part] += terms.l2[l] * Z[:, part]
+            if terms.dl2 is not None:
+                dG[:, part] += terms.dl2[:, l, None] * theta[part]
+        return value
+
+    def _flat(self, call, theta, Z=None):
+        """Number of tangents q; raises unless theta is (p,) and Z (q, p), both of the model's dtype."""
+        p, dtype = self.network.size, self.network.dtype
+        if theta.shape == (p,) and theta.dtype == dtype and (Z is None or Z.dtype == dtype):
+            if Z is None:
+                return 0
+            if Z.ndim == 2 and Z.shape[1] == p:
+                return len(Z)
+        got = f"{theta.shape} of {theta.dtype}" + ("" if Z is None else f" and {Z.shape} of {Z.dtype}")
+        raise AdapterError(
+            f"{self.settings.call}.{call}: theta must be ({p},)"
+            + ("" if Z is None else f" and the tangents (q, {p})")
+            + f" of {dtype}, got {got}. Start from the model's own params, or pass dtype= to the model."
+        )
+
+    def _batch(self, call, batch):
+        """(X (n, f), y, index or None), shapes and dtypes checked; values are checked by `_verify` after the pass."""
+        if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+            got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+            raise AdapterError(f"{self.settings.call}.{call}: a batch is (X, y) or (X, y, index), got {got}.")
+        X = self._features(call, batch[0])
+        y = np.asarray(batch[1])
+        network = self.network
+        if network.loss.name == "cross_entropy":
+            if y.shape != X.shape[:1] or y.dtype.kind not in "iu":
+                raise AdapterError(
+                    f"{self.settings.call}.{call}: y must be ({len(X)},) integer labels, one a row of X, got shape "
+                    f"{y.shape} of {y.dtype}. Use y.astype(int), or loss='squared_error' for real targets."
+                )
+            y = np.ascontiguousarray(y, dtype=np.int64)
+        elif y.shape != (len(X), network.layers[-1].outputs) or y.dtype.kind not in "fiu":
+            raise AdapterError(
+                f"{self.settings.call}.{call}: y must be ({len(X)}, {network.layers[-1].outputs}) real targets, got "
+                f"shape {y.shape} of {y.dtype}. One output: y[:, None]."
+            )
+        return X, y, batch[2] if len(batch) == 3 else None
+
+    def _features(self, call, X):
+        X = np.asarray(X)
+        f = self.network.layers[0].inputs
+        if X.ndim != 2 or X.shape[1] != f or len(X) == 0 or X.dtype.kind not in "fiub":
+            raise AdapterError(
+                f"{self.settings.call}.{call}: X must be (n, {f}) real features with n >= 1, got shape {X.shape} of "
+                f"{X.dtype}. Flatten images with X.reshape(len(X), -1); leave empty batches out."
+            )
+        return X
+
+    def _verify(self, call, g, X, y, bad, start):
+        """Raises on a label that is no class, and where X or y is not finite.
+
+        A NaN or inf in X makes the first layer's gradient `X' D` non-finite in every column, whatever the rest (NaN and
+        inf times zero are NaN too), so a batch needs to be searched only where the first column is.  Parameters that
+        diverged pass in silence.
+        """
+        if bad >= 0:
+            c = self.network.layers[-1].outputs
+            raise AdapterError(
+                f"{self.settings.call}.{call}: labels must be in 0..{c - 1}, got y[{start + bad}] = {y[start + bad]}."
+            )
+        first = g[self.network.layers[0].where][:: self.network.layers[0].outputs]
+        if math.isfinite(first @ first):
+            return
+        for name, array in (("X", X), ("y", y)):
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+                raise AdapterError(
+                    f"{self.settings.call}.{call}: the batch must be finite, got {name}{list(at)} = {array[at]}. "
+                    f"Clean the data before training, for example with np.nan_to_num."
+                )
+
+
+def _slices(n, most):
+    """0..n in as few slices of nearly equal length as `most` allows."""
+    pieces = -(-n // most)
+    cuts = [n * i // pieces for i in range(pieces + 1)]
+    return [slice(a, b) for a, b in pairwise(cuts)]

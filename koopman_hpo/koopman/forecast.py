@@ -1,0 +1,215 @@
+"""`extrapolate`: one call from a window of snapshots to a value, its error, and whether to believe it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from koopman_hpo.koopman import checks, robust, sequence, variants
+from koopman_hpo.koopman.deviation import standard_error
+from koopman_hpo.koopman.model import Koopman
+from koopman_hpo.koopman.model import fit as fit_model
+from koopman_hpo.koopman.window import Window, relative_gram, window
+
+GROWTH = 0.2  # c in |lambda| <= 1 - c / m
+GATE = 0.5  # a forecast is accepted if its error is below this part of its move
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """What `extrapolate` returns.  A forecast that is not accepted has the last snapshot as its value."""
+
+    value: np.ndarray  # (q,), in the unit of the snapshots
+    error: np.ndarray  # (q,), estimated standard error of `value`, same unit
+    accepted: bool  # False: the last snapshot stands
+    reason: str  # the decision in words, with both numbers of the gate
+    method: str  # the method whose value this is
+    move: float  # root mean square distance from the last snapshot to the gated forecast, in standard deviations
+    deviation: float  # root mean square of its estimated error, same unit: accepted if < gate * move
+
+
+# A method: (data in units of its standard deviations, steps, growth) -> value (q,), error (q,), note
+Estimate = tuple[np.ndarray, np.ndarray, str]
+
+
+def _from_model(model: Koopman, steps: int) -> Estimate:
+    return model.forecast(steps), standard_error(model, steps), model.note
+
+
+def _regression(variant: int, data: Window, steps: int, growth: float) -> Estimate:
+    return _from_model(variants.regression(data, growth, variant), steps)
+
+
+def _autoregression(data: Window, steps: int, growth: float) -> Estimate:
+    return _from_model(variants.autoregression(data, growth), steps)
+
+
+def _optimised(data: Window, steps: int, growth: float) -> Estimate:
+    return _from_model(variants.optimised(data, growth), steps)
+
+
+def _stationary(data: Window, steps: int, growth: float) -> Estimate:
+    model = fit_model(data.snapshots, modes="stationary", growth=growth)
+    return model.forecast(steps), model.error(steps), model.note
+
+
+def _weighted(weights: Callable[[np.ndarray, int], np.ndarray], data: Window, steps: int, growth: float) -> Estimate:
+    """Weights on snapshots; their error is the spread over the first and the last four fifths of the window."""
+    m = len(data.gram)
+    cut = max(1, m // 5)
+    W = np.zeros((3, m))
+    W[0] = weights(data.gram, steps)
+    W[1, : m - cut] = weights(np.ascontiguousarray(data.gram[: m - cut, : m - cut]), steps + cut)
+    W[2, cut:] = weights(np.ascontiguousarray(data.gram[cut:, cut:]), steps)
+    value, early, late = W @ data.snapshots
+    return value, np.sqrt(((early - value) ** 2 + (late - value) ** 2) / 2), ""
+
+
+def _aitken(data: Window, steps: int, growth: float) -> Estimate:
+    m = len(data.snapshots)
+    cut = max(1, m // 5)
+    rows = np.zeros((3, 3, m))
+    rows[0] = sequence.thirds(m)
+    rows[1, :, : m - cut] = rows[2, :, cut:] = sequence.thirds(m - cut)
+    value, early, late = (sequence.aitken(means) for means in rows @ data.snapshots)
+    return value, np.sqrt(((early - value) ** 2 + (late - value) ** 2) / 2), ""
+
+
+def _robust(data: Window, steps: int, growth: float) -> Estimate:
+    """Median of five members by coordinate; its error is half the distance between the second and the fourth."""
+    W = np.concatenate([robust.members(data.gram, steps), sequence.thirds(len(data.gram))])
+    rows = W @ data.snapshots
+    members = np.sort(np.concatenate([rows[:4], sequence.aitken(rows[4:])[None]]), axis=0)
+    return members[2], (members[3] - members[1]) / 2, ""
+
+
+def _limit(weights: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray, int], np.ndarray]:
+    return lambda G, steps: weights(G)
+
+
+_ESTIMATES: dict[str, Callable[[Window, int, float], Estimate]] = {
+    "affine": partial(_weighted, robust.affine),
+    "aitken": _aitken,
+    "anderson": partial(_weighted, _limit(sequence.anderson)),
+    "ar": _autoregression,
+    "blocks": partial(_weighted, robust.blocks),
+    "dmd": partial(_regression, variants.REGRESSIONS["dmd"]),
+    "fb": partial(_regression, variants.REGRESSIONS["fb"]),
+    "mpe": partial(_weighted, _limit(sequence.mpe)),
+    "optdmd": _optimised,
+    "robust": _robust,
+    "rre": partial(_weighted, _limit(sequence.rre)),
+    "stationary": _stationary,
+    "tls": partial(_regression, variants.REGRESSIONS["tls"]),
+}
+METHODS: tuple[str, ...] = tuple(sorted([*_ESTIMATES, "auto", "last"]))
+LEAST_SNAPSHOTS = 10  # fewer say too little of a trajectory: the last value stands
+
+
+def _in_deviations(data: Window) -> tuple[Window, np.ndarray, np.ndarray]:
+    """The window with each coordinate in its standard deviations; those (q,); the unit (q,) of its values.
+
+    Hyperparameters have units of their own, and none may drown the others.  A wide trajectory (q > m) is one
+    quantity many times over: one scale serves it, and the recorded Gram matrix stays of use.
+    """
+    H = data.snapshots
+    m, q = H.shape
+    if q > m:
+        variance = (data.gram.trace() - data.gram.sum() / m) / (m * q)
+        return data, np.full(q, np.sqrt(max(variance, 0.0)) or 1.0), np.ones(q)
+    scale = H.std(axis=0)
+    scale[scale <= 1e-14 * np.abs(H[-1])] = 1.0
+    scaled = H / scale
+    return Window(scaled, relative_gram(scaled)), scale, scale
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def _stay(data: Window, method: str, reason: str, move: float = 0.0, deviation: float = 0.0) -> Forecast:
+    """The last value, with the window's standard deviation as its error."""
+    return Forecast(
+        data.snapshots[-1].copy(), data.snapshots.std(axis=0), method == "last", reason, "last", move, deviation
+    )
+
+
+def extrapolate(
+    snapshots: Any, steps: int, method: str = "auto", *, growth: float = GROWTH, gate: float = GATE
+) -> Forecast:
+    """The trajectory `steps` snapshots after its last one, or its last value where no forecast can be believed.
+
+    Args:
+      snapshots: (m, q) real, m >= 1, row t is the hypergradient at snapshot t; or a `Recorder`.
+      steps: integer >= 0, snapshots after the last one.
+      method: one of `METHODS`.  "auto": affine DMD ("dmd") if its error passes the gate, else the robust median.
+        "dmd", "tls", "fb", "ar", "optdmd": modes and an exact constant, eigenvalues by least squares, total least
+        squares, forward-backward, autoregression, variable projection.  "affine", "blocks": DMD of differences,
+        of block means.  "rre", "mpe", "anderson", "aitken": limits, for steps that reach them.  "robust": median.
+        "stationary": the paper's rule.  "last": the last value.
+      growth: c in |lambda| <= 1 - c / m, for the methods with an exact constant and for "stationary".
+      gate: a forecast is accepted if its estimated error is below `gate` times its move away from the last value
+        (root mean squares over coordinates, in standard deviations of the window).  The robust median has the
+        last value among its members and needs no gate.
+
+    Returns:
+      `Forecast`.  Where the window is too short, the fit singular or the gate closed, `accepted` is False, the
+      value is the last snapshot, and `reason` says why.
+
+    Raises:
+      ShapeError: an empty window, not real, not finite, or of the wrong shape.
+      HyperparameterError: steps, method, growth or gate make no sense.
+
+    Equivariance: all methods under h -> a h + b with a scale and an offset of each coordinate's own when q <= m;
+    for q > m, under a common scale, any offset and (all but "aitken" and "robust", which work by coordinate)
+    rotations.
+    """
+    data = window(snapshots, "koopman.extrapolate")
+    k = checks.integer(steps, "steps", "koopman.extrapolate", 0, None, "Steps count snapshots after the last one.")
+    checks.choice(method, "method", "koopman.extrapolate", METHODS)
+    m = len(data.snapshots)
+    checks.fraction(growth, "growth", "koopman.extrapolate", 0.0, LEAST_SNAPSHOTS)
+    checks.fraction(gate, "gate", "koopman.extrapolate", 0.0, np.inf)
+    if data.gram.trace() == 0.0 and m > 1:
+        return Forecast(
+            data.snapshots[-1].copy(), np.zeros(data.snapshots.shape[1]), True, "constant trajectory", method, 0.0, 0.0
+        )
+    if method == "last":
+        return _stay(data, "last", "the last value, as asked")
+    if m < LEAST_SNAPSHOTS:
+        return _stay(data, method, f"last value: {m} snapshots, a forecast needs {LEAST_SNAPSHOTS}")
+    scaled, scale, unit = _in_deviations(data)
+    if method != "auto":
+        return _attempt(data, scaled, scale, unit, k, method, growth, gate)
+    first = _attempt(data, scaled, scale, unit, k, "dmd", growth, gate)
+    if first.accepted:
+        return first
+    second = _attempt(data, scaled, scale, unit, k, "robust", growth, gate)
+    reason = f"dmd not believed ({first.reason}), so {second.reason}"
+    return Forecast(second.value, second.error, second.accepted, reason, second.method, first.move, first.deviation)
+
+
+def _attempt(
+    data: Window, scaled: Window, scale: np.ndarray, unit: np.ndarray, steps: int, method: str, growth: float, gate: float
+) -> Forecast:
+    """One method and its gate."""
+    try:
+        with np.errstate(all="ignore"):
+            value, error, note = _ESTIMATES[method](scaled, steps, growth)
+    except np.linalg.LinAlgError as problem:
+        return _stay(data, method, f"last value: {method} is singular ({problem})")
+    value, error = value * unit, error * unit
+    move, deviation = _rms((value - data.snapshots[-1]) / scale), _rms(error / scale)
+    numbers = f"error {deviation:.3g} against a move of {move:.3g} standard deviations"
+    if not (np.isfinite(value).all() and np.isfinite(deviation)):
+        return _stay(data, method, f"last value: {method} gave values that are not finite")
+    if note and method == "stationary":
+        return _stay(data, method, f"last value: {note}", move, deviation)
+    if method != "robust" and not deviation < gate * move:
+        return _stay(data, method, f"last value: {method} has {numbers}, gate {gate:g}", move, deviation)
+    reason = f"robust median, {numbers}" if method == "robust" else f"{method}, {numbers}"
+    return Forecast(value, error, True, reason, method, move, deviation)

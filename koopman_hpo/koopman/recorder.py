@@ -1,0 +1,84 @@
+"""A trajectory and its Gram matrix, grown snapshot by snapshot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from koopman_hpo.errors import ShapeError
+from koopman_hpo.kernels.cpu.trajectory import gram_row
+from koopman_hpo.koopman import checks
+
+BLOCK = 1024  # values a block: two rows of it stay in the first-level cache
+
+
+class Recorder:
+    """Records up to `capacity` snapshots of q values, and their Gram matrix relative to the first snapshot.
+
+    `koopman.fit` and `koopman.extrapolate` take a Recorder in place of an array; a wide trajectory (q > m) is
+    then read about once for a forecast, because the Gram matrix is already there.  Snapshots once appended never
+    change, and `clear` starts a new buffer: a model fitted before stays what it was.
+
+    Raises:
+      ShapeError: q, capacity or dtype make no sense.
+    """
+
+    def __init__(self, q: int, capacity: int, dtype: Any = np.float64) -> None:
+        for name, value in (("q", q), ("capacity", capacity)):
+            checks.integer(value, name, "koopman.Recorder", 1, None, "Give a positive size.")
+        if np.dtype(dtype) not in (np.dtype(np.float32), np.dtype(np.float64)):
+            raise ShapeError(f"koopman.Recorder: dtype must be float32 or float64, got {np.dtype(dtype)}.")
+        self.q, self.capacity, self.dtype = int(q), int(capacity), np.dtype(dtype)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all snapshots."""
+        self._buffer = np.empty((self.capacity, self.q), self.dtype)
+        self._gram = np.zeros((self.capacity, self.capacity))
+        self._length = 0
+
+    def append(self, h: Any) -> None:
+        """Record the next snapshot h (q,).
+
+        Raises:
+          ShapeError: wrong shape, values that are not finite, or the recorder is full.  Nothing is recorded then.
+        """
+        m, h = self._length, np.asarray(h)
+        if h.shape != (self.q,) or h.dtype.kind not in "fiu":
+            raise ShapeError(
+                f"koopman.Recorder.append: h must be {self.q} real numbers, got shape {h.shape}, dtype {h.dtype}."
+            )
+        if m == self.capacity:
+            raise ShapeError(
+                f"koopman.Recorder.append: full, {m} of {self.capacity} snapshots. Call clear(), or give more capacity."
+            )
+        self._buffer[m] = h
+        row = self._gram[m]
+        gram_row(self._buffer, m + 1, BLOCK, row)
+        if not np.isfinite(row[m]) or (m == 0 and not np.isfinite(h).all()):
+            raise ShapeError(
+                f"koopman.Recorder.append: snapshot {m} must be finite and below 1e150. Training diverged: "
+                f"keep what was recorded before, or lower the learning rate."
+            )
+        self._gram[: m + 1, m] = row[: m + 1]
+        self._length = m + 1
+
+    def __len__(self) -> int:
+        """Number of snapshots m."""
+        return self._length
+
+    @property
+    def snapshots(self) -> np.ndarray:
+        """(m, q), read-only view."""
+        return _read_only(self._buffer[: self._length])
+
+    @property
+    def gram(self) -> np.ndarray:
+        """(m, m) float64, read-only view: dot products of the snapshots minus the first one."""
+        return _read_only(self._gram[: self._length, : self._length])
+
+
+def _read_only(view: np.ndarray) -> np.ndarray:
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,91 @@
+"""The compiled parts against NumPy: small eigenproblems, kernels, one fit against the textbook."""
+
+import numpy as np
+import pytest
+import reference_koopman as reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from koopman_hpo import koopman
+from koopman_hpo.kernels.cpu import trajectory
+from koopman_hpo.koopman import poles, small
+
+seeds = st.integers(0, 2**32 - 1)
+few = settings(max_examples=30, deadline=None)
+
+
+def matched(found, wanted):
+    """Largest distance when each found value takes its nearest wanted one, each once."""
+    left, worst = list(wanted), 0.0
+    for z in sorted(found, key=abs):
+        k = int(np.argmin([abs(z - w) for w in left]))
+        worst = max(worst, abs(z - left.pop(k)))
+    return worst
+
+
+@few
+@given(n=st.integers(1, 12), seed=seeds)
+def test_general_eigenvalues_are_those_of_lapack_in_exact_pairs(n, seed):
+    A = np.random.default_rng(seed).normal(size=(n, n))
+    lam = poles.eigenvalues(A.copy())
+    assert matched(lam, np.linalg.eigvals(A)) < 1e-9 * n  # a random matrix has condition numbers up to about 1e6
+    up = np.flatnonzero(lam.imag > 0)
+    np.testing.assert_array_equal(lam[up].conj(), lam[up + 1])
+
+
+@pytest.mark.parametrize("A", [np.roll(np.eye(5), 1, 0), np.zeros((4, 4)), np.diag([1.0, 1.0, 2.0]), np.eye(6, k=1)])
+def test_general_eigenvalues_of_awkward_matrices(A):
+    assert matched(poles.eigenvalues(A.copy()), np.linalg.eigvals(A)) < 1e-8
+
+
+@few
+@given(n=st.integers(1, 30), rank=st.integers(1, 30), seed=seeds)
+def test_symmetric_eigenpairs_rebuild_the_matrix(n, rank, seed):
+    X = np.random.default_rng(seed).normal(size=(n, rank))
+    A = X @ X.T
+    s, E = small.symmetric(A.copy())
+    np.testing.assert_allclose(E.T @ np.diag(s) @ E, A, atol=1e-12 * np.abs(A).max())
+    np.testing.assert_allclose(E @ E.T, np.eye(n), atol=1e-12)
+
+
+@few
+@given(seed=seeds, r=st.integers(1, 6))
+def test_subspace_iteration_finds_what_the_full_decomposition_finds(seed, r):
+    rng = np.random.default_rng(seed)
+    K = rng.normal(size=(60, r)) * 10.0 ** rng.uniform(0, 2, size=r)
+    K = K @ K.T + 1e-4 * np.eye(60)
+    V, s = poles.leading(K.copy(), r, 24)
+    W, exact = poles.leading(K.copy(), r, 1000)
+    np.testing.assert_allclose(s, exact, rtol=1e-8)
+    np.testing.assert_allclose(np.abs(np.sum(V * W, axis=0)), 1.0, atol=1e-6)
+
+
+@few
+@given(m=st.integers(2, 12), q=st.integers(1, 4), seed=seeds)
+def test_gram_of_the_embedding_is_that_of_the_explicit_hankel_matrix(m, q, seed):
+    H = np.random.default_rng(seed).normal(size=(m, q))
+    d = 1 + seed % (m - 1)
+    G = np.empty((m, m))
+    trajectory.gram(H, G)
+    np.testing.assert_allclose(G, (H - H[0]) @ (H - H[0]).T, atol=1e-12)
+    K = np.empty((m - d + 1, m - d + 1))
+    trajectory.hankel_gram(G, d, K)
+    X = reference.hankel(H - H[0], d)
+    np.testing.assert_allclose(K, X.T @ X, atol=1e-12)
+    row = np.empty(m)
+    trajectory.gram_row(H, m, 2, row)
+    np.testing.assert_allclose(row, G[-1], atol=1e-13)
+
+
+@few
+@given(seed=seeds, d=st.integers(1, 8), q=st.integers(1, 5))
+def test_a_noisy_fit_is_that_of_the_textbook(seed, d, q):
+    r = min(3, d * q)
+    f = reference.planted(np.array([0.93, 0.8, 0.9 * np.exp(0.4j)]), 24, q, seed)
+    H = f(np.arange(24)) + 0.05 * np.random.default_rng(seed).normal(size=(24, q))
+    model = koopman.fit(H, delays=d, rank=r)
+    lam = reference.clip(reference.affine_eigenvalues(H, d, r), 1 - 0.2 / 24)
+    assert matched(model.eigenvalues, lam) < 1e-6
+    for steps in (0, 3, 100):
+        # the amplitudes' condition number rises when two eigenvalues are close
+        np.testing.assert_allclose(model.forecast(steps), reference.affine_forecast(H, lam, steps), atol=1e-4)

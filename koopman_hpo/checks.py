@@ -172,6 +172,8 @@ def number(call: str, name: str, x: Any) -> float:
 
 
 def array(call: str, name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
+    if type(a) is np.ndarray and a.shape == shape and a.dtype == dtype and a.flags.c_contiguous:
+        return a
     out = np.ascontiguousarray(a, dtype) if shape else np.asarray(a, dtype)
     if out.shape != shape:
         raise AdapterError(f"{call}: {name} must have shape {shape}, got {np.shape(a)}.")

@@ -14,12 +14,19 @@ from . import checks, tangent
 from .errors import AdapterError, HyperparameterError, ShapeError, nearest
 from .hyperparameters import Point, Space
 from .kernels import for_device
-from .kernels.cpu import Coefficients, Grads
+from .kernels.arrays import Coefficients, Grads, TangentState
 from .optimizers import Dual, Rule
 from .problem import Array, Hypergradient, Linearisation, Problem
-from .tangent import TangentState
 
 _ARRAYS = ("theta", "slots", "Z", "dslots")
+
+
+class Seen(NamedTuple):
+    """Read-only views of the engine's buffers: what a model is shown."""
+
+    theta: Array  # (p,)
+    Z: Array  # (q, p)
+    none: Array  # (0, p): no directions, for plain training
 
 
 class _Cache(NamedTuple):
@@ -30,6 +37,7 @@ class _Cache(NamedTuple):
     along: dict[str, Array]  # loss hyperparameters' seeds along the tangents' directions
     duals: dict[str, Dual]
     coefficients: Coefficients
+    plain: Coefficients  # a view without directions
     step: list[int]  # the one for which the timed rows stand
 
 
@@ -71,7 +79,10 @@ class CoreInner:
         cuts = tangent.blocks(self._groups)
         scratch = np.empty((rule.scratch, int((cuts[:, 2] - cuts[:, 1]).max())), problem.params.dtype)
         self._layout = (cuts, rule.flag, scratch)
+        self._t = 0
         self._state = tangent.init(problem.params, rule.slots, self._s or space.q, rule.fill)
+        self._still = tangent.still(self._state)
+        self._seen = Seen(*(checks.locked(a) for a in (self._state.theta, self._state.Z, self._still.Z)))
         self._cache: _Cache | None = None
         self.directions: Array | None = None
         self._draw()
@@ -80,7 +91,7 @@ class CoreInner:
 
     @property
     def t(self) -> int:
-        return self._state.t
+        return self._t
 
     @property
     def params(self) -> Array:
@@ -117,21 +128,17 @@ class CoreInner:
           AdapterError: the model broke its contract, or its loss is not finite at the very first step.
           In every case the state is as before.
         """
-        point, coefficients = self._prepare(self.space.check(phi, f"inner.{self.rule.name}.step"))
-        loss, grads = self._grad_jvp(point, batch, tangents)
-        state = self._state
-        if not tangents:
-            state = state._replace(Z=state.Z[:0], dslots=state.dslots[:, :0])
-            coefficients = Coefficients(coefficients.c, coefficients.dc[:, :0])
+        cache = self._prepare(phi)
+        loss, grads = self._grad_jvp(cache, batch, tangents)
+        state, coefficients = (self._state, cache.coefficients) if tangents else (self._still, cache.plain)
         tangent.step(state, self._kernel, grads, coefficients, self._layout)
-        self._state = self._state._replace(t=self._state.t + 1)
+        self._t += 1
         return loss
 
     def hypergradient(self, batch: Any) -> Hypergradient:
         """The derivative of the outer loss on `batch` with respect to the hyperparameters, at the current state."""
-        phi, theta = self.phi, self._state.theta
-        point = self._point(phi)
-        value, dE, direct = self._outer(theta, point, batch)
+        phi, point = self.phi, self._prepare(self.phi).point
+        value, dE, direct = self._outer(self._seen.theta, point, batch)
         h = tangent.hypergradient(self._state, dE).astype(np.float64)
         if self.directions is not None:
             h = h @ self.directions / len(self.directions)
@@ -164,7 +171,7 @@ class CoreInner:
 
     def snapshot(self) -> dict[str, NDArray]:
         """Everything that a resumed run needs, as arrays that stay as they are while training goes on."""
-        out: dict[str, NDArray] = {k: v.copy() for k, v in zip(_ARRAYS, self._state[:4], strict=True)}
+        out: dict[str, NDArray] = {k: v.copy() for k, v in zip(_ARRAYS, self._state, strict=True)}
         out |= {"t": np.array(self.t), "phi": self.phi.copy()}
         if self.directions is not None:
             out |= {
@@ -179,8 +186,7 @@ class CoreInner:
         Raises:
           ShapeError: it lacks an array or holds one of another shape or dtype; the run is then as before.
         """
-        state = self._state
-        wanted = dict(zip(_ARRAYS, state[:4], strict=True)) | {"phi": self.phi}
+        wanted = dict(zip(_ARRAYS, self._state, strict=True)) | {"phi": self.phi}
         if self.directions is not None:
             wanted["directions"] = self.directions
         for name, array in wanted.items():
@@ -191,8 +197,8 @@ class CoreInner:
                     f"inner.restore: {name} must be {array.shape} of {array.dtype}, got {came}. The snapshot belongs "
                     f"to another model, space or optimizer."
                 )
-        source = TangentState(**{name: snapshot[name] for name in _ARRAYS}, t=int(snapshot["t"]))
-        self._state = tangent.assign(state, source)
+        tangent.assign(self._state, TangentState(*(snapshot[name] for name in _ARRAYS)))
+        self._t = int(snapshot["t"])
         self.phi, self._cache = np.array(snapshot["phi"]), None
         if self.directions is not None:
             self.directions = np.array(snapshot["directions"])
@@ -201,10 +207,10 @@ class CoreInner:
     def linearise(self, batch: Any, val_batch: Any = None) -> Linearisation:
         """Gradients and Hessian-vector products at the current state, of the inner loss on `batch` and of the outer
         loss on `val_batch` (default: `batch`).  The Hessian of the optimizer's own weight decay is not in it."""
-        point, theta = self._point(self.phi), self._state.theta.copy()
+        point, theta = self._prepare(self.phi).point, checks.locked(self.params)
         val_batch = batch if val_batch is None else val_batch
         empty = {n: point.seeds[n][:0] for n in self._loss_names}
-        _, grads = self._call(theta, point, self._state.Z[:0], empty, batch)
+        _, grads = self._call(theta, point, self._still.Z, empty, batch)
 
         def hvp(V: Array) -> Array:
             V = checks.rows("inner.linearise.hvp", V, theta)
@@ -230,23 +236,21 @@ class CoreInner:
             self.directions = math.sqrt(self.space.q) * (basis * signs).T.copy()
             self._cache = None
 
-    def _point(self, phi: Array) -> Point:
-        return self._prepare(phi)[0]
-
-    def _prepare(self, phi: Array) -> tuple[Point, Coefficients]:
+    def _prepare(self, phi: ArrayLike) -> _Cache:
         """Values, seeds and kernel rows for the next step; what has not moved since the last call is kept."""
-        t = self._state.t
-        key = (phi.tobytes(), t if self.space.scheduled else 0)
-        if self._cache is None or self._cache.key != key:
-            self._cache = self._at(key, phi, t)
+        if not (type(phi) is np.ndarray and phi.dtype == np.float64):
+            phi = np.asarray(phi, np.float64)
+        key, cache = (phi.tobytes(), self._t if self.space.scheduled else 0), self._cache
+        if cache is None or cache.key != key:
+            phi = self.space.check(phi, f"inner.{self.rule.name}.step")
+            cache = self._cache = self._at(key, phi, self._t)
             self.phi = phi.copy()
-        cache = self._cache
-        now = t + 1 if self.rule.settled is None else min(t + 1, self.rule.settled)
+        now = self._t + 1 if self.rule.settled is None else min(self._t + 1, self.rule.settled)
         if cache.step[0] != now:
             for i in self.rule.timed:
                 cache.coefficients.c[i], cache.coefficients.dc[i] = self.rule.row(i, cache.duals, now)
             cache.step[0] = now
-        return cache.point, cache.coefficients
+        return cache
 
     def _at(self, key: tuple[bytes, int], phi: Array, t: int) -> _Cache:
         """Everything that depends on phi: its values, seeds along the tangents' directions, and the kernel's rows."""
@@ -256,44 +260,44 @@ class CoreInner:
         along = point.seeds if D is None else {name: D @ seed for name, seed in point.seeds.items()}
         duals = {}
         for name in self.rule.defaults:
-            x, dx = self._fixed.get(name), np.zeros((s, n))
             if name in self.space:
-                x, seed = np.broadcast_to(point.values[name], (n,)), along[name]
-                dx = np.broadcast_to(seed if seed.ndim == 2 else seed[:, None], (s, n))
-            duals[name] = Dual(x, dx)
+                seed = along[name] if along[name].ndim == 2 else along[name][:, None]
+                duals[name] = Dual(np.broadcast_to(point.values[name], (n,)), np.broadcast_to(seed, (s, n)))
+            else:
+                duals[name] = Dual(self._fixed[name], np.zeros((s, n)))
         rows = [self.rule.row(i, duals, t + 1) for i in range(len(self.rule.rows))]
         coefficients = Coefficients(np.array([r.x for r in rows], dtype), np.array([r.dx for r in rows], dtype))
         loss_seeds = {name: along[name] for name in self._loss_names}
-        return _Cache(key, point, loss_seeds, duals, coefficients, [0])
+        plain = Coefficients(coefficients.c, coefficients.dc[:, :0])
+        return _Cache(key, point, loss_seeds, duals, coefficients, plain, [0])
 
     def _hyper(self, point: Point) -> dict[str, Any]:
         return {n: point.values[n] for n in self._loss_names}
 
-    def _grad_jvp(self, point: Point, batch: Any, tangents: bool) -> tuple[float, Grads]:
+    def _grad_jvp(self, cache: _Cache, batch: Any, tangents: bool) -> tuple[float, Grads]:
         """The model's gradient and tangents, in chunks of directions where asked for, checked before anything moves."""
-        theta, Z = self._state.theta, self._state.Z if tangents else self._state.Z[:0]
-        chunk = self._chunk or max(len(Z), 1)
-        dG = Z[:0] if len(Z) <= chunk else np.empty_like(Z)
-        along = self._cache.along if self._cache else {}
-        for a in range(0, max(len(Z), 1), chunk):
-            part = {n: seeds[a : a + chunk] if tangents else seeds[:0] for n, seeds in along.items()}
-            loss, grads = self._call(theta, point, Z[a : a + chunk], part, batch)
-            if len(Z) <= chunk:
-                return loss, grads
+        theta, Z, none = self._seen
+        if not tangents:
+            return self._call(theta, cache.point, none, {n: s[:0] for n, s in cache.along.items()}, batch)
+        chunk = self._chunk or len(Z)
+        if len(Z) <= chunk:
+            return self._call(theta, cache.point, Z, cache.along, batch)
+        dG = np.empty_like(Z)
+        for a in range(0, len(Z), chunk):
+            part = {n: s[a : a + chunk] for n, s in cache.along.items()}
+            loss, grads = self._call(theta, cache.point, Z[a : a + chunk], part, batch)
             dG[a : a + chunk] = grads.dG
         return loss, Grads(grads.g, dG)
 
     def _call(self, theta: Array, point: Point, Z: Array, dhyper: Mapping[str, Array], batch: Any) -> tuple[float, Grads]:
         call = "problem.grad_jvp"
-        out = self.problem.grad_jvp(checks.locked(theta), self._hyper(point), checks.locked(Z), dhyper, batch)
+        out = self.problem.grad_jvp(theta, self._hyper(point), Z, dhyper, batch)
         if not (isinstance(out, tuple) and len(out) == 3):
             raise AdapterError(f"{call}: must return (loss, g (p,), dG (q, p)), got {type(out).__name__}.")
         loss = checks.number(call, "loss", out[0])
-        g, dG = (
-            checks.array(call, "g", out[1], theta.shape, theta.dtype),
-            checks.array(call, "dG", out[2], Z.shape, theta.dtype),
-        )
-        if self._state.t == 0 and not (math.isfinite(loss) and np.isfinite(g).all()):
+        g = checks.array(call, "g", out[1], theta.shape, theta.dtype)
+        dG = checks.array(call, "dG", out[2], Z.shape, theta.dtype)
+        if self._t == 0 and not (math.isfinite(loss) and np.isfinite(g).all()):
             what = f"loss {loss}" if not math.isfinite(loss) else "gradient"
             raise AdapterError(
                 f"{call}: the inner loss and gradient must be finite at the initial parameters, got a {what} that is "
@@ -303,7 +307,7 @@ class CoreInner:
 
     def _outer(self, theta: Array, point: Point, batch: Any) -> tuple[float, Array, dict[str, Array]]:
         call = "problem.outer"
-        out = self.problem.outer(checks.locked(theta), self._hyper(point), batch)
+        out = self.problem.outer(theta, self._hyper(point), batch)
         if not (isinstance(out, tuple) and len(out) == 3):
             raise AdapterError(f"{call}: must return (value, dE_dtheta (p,), {{name: dE_dhyper}}).")
         direct = {}

@@ -52,7 +52,7 @@ def _check(call: str, lr: float | None, clip: float, **fractions: float) -> None
             raise HyperparameterError(f"outer.{call}: {name} needs 0 <= {name} < 1, got {x!r}.")
 
 
-def adam(lr: float | None = None, *, b1: float = 0.5, b2: float = 0.9, eps: float = 1e-12, clip: float = 2.0) -> Outer:
+def adam(lr: float | None = None, *, b1: float = 0.3, b2: float = 0.9, eps: float = 1e-12, clip: float = 2.0) -> Outer:
     """Adam with short memory: few outer steps are taken, and the hypergradient's scale changes by decades."""
     _check("adam", lr, clip, b1=b1, b2=b2)
 

@@ -9,29 +9,23 @@ Source: Franceschi et al. 2017, "Forward and reverse gradient-based hyperparamet
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels.cpu import Coefficients, Grads, State
-
-
-class TangentState(NamedTuple):
-    """Training state and tangents.  k optimizer slots, p parameters, q tangent directions."""
-
-    theta: NDArray  # (p,)
-    slots: NDArray  # (k, p)
-    Z: NDArray  # (q, p) dtheta / dphi along each direction
-    dslots: NDArray  # (k, q, p)
-    t: int  # inner steps taken
+from .kernels.arrays import Coefficients, Grads, TangentState
 
 
 def init(params: NDArray, k: int, q: int, fill: float = 0.0) -> TangentState:
     """The state before the first step: a copy of params (p,), slots filled with `fill`, tangents zero."""
     p, dtype = params.size, params.dtype
     slots = np.full((k, p), fill, dtype)
-    return TangentState(params.copy(), slots, np.zeros((q, p), dtype), np.zeros((k, q, p), dtype), 0)
+    return TangentState(params.copy(), slots, np.zeros((q, p), dtype), np.zeros((k, q, p), dtype))
+
+
+def still(state: TangentState) -> TangentState:
+    """A view of the state with no tangent directions: stepping it is plain training."""
+    return TangentState(state.theta, state.slots, state.Z[:0], state.dslots[:, :0])
 
 
 def step(
@@ -40,11 +34,10 @@ def step(
     grads: Grads,
     coefficients: Coefficients,
     layout: tuple[NDArray, bool, NDArray],
-) -> TangentState:
+) -> None:
     """One inner step, in place on the arrays of `state`; layout is the kernel's (blocks, flag, work)."""
     blocks, flag, work = layout
-    kernel(grads, coefficients, blocks, flag, work, State(*state[:4]))
-    return state._replace(t=state.t + 1)
+    kernel(grads, coefficients, blocks, flag, work, state)
 
 
 def hypergradient(state: TangentState, dE_dtheta: NDArray) -> NDArray:
@@ -61,17 +54,10 @@ def forget(state: TangentState, rho: float) -> None:
             np.multiply(tangents, tangents.dtype.type(rho), out=tangents)
 
 
-def copy(state: TangentState) -> TangentState:
-    """The same state in arrays of its own."""
-    theta, slots, Z, dslots, t = state
-    return TangentState(theta.copy(), slots.copy(), Z.copy(), dslots.copy(), t)
-
-
-def assign(state: TangentState, source: TangentState) -> TangentState:
+def assign(state: TangentState, source: TangentState) -> None:
     """Write `source` into the arrays of `state`, which stay where they are."""
-    for into, out in zip(state[:4], source[:4], strict=True):
+    for into, out in zip(state, source, strict=True):
         np.copyto(into, out)
-    return state._replace(t=source.t)
 
 
 def blocks(segments: tuple[int, ...], size: int = 1024) -> NDArray[np.int64]:

@@ -8,10 +8,7 @@ old state, then the state moves.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from numba import njit
-from numpy.typing import NDArray
 
 from ..rules import (
     adagrad_direction,
@@ -25,29 +22,6 @@ from ..rules import (
     sgd_direction,
     sgd_tangent,
 )
-
-
-class State(NamedTuple):
-    """What a step moves, in place.  k slots, p parameters, q tangent directions."""
-
-    theta: NDArray  # (p,)
-    slots: NDArray  # (k, p)
-    Z: NDArray  # (q, p) tangents of theta
-    dslots: NDArray  # (k, q, p) tangents of the slots
-
-
-class Grads(NamedTuple):
-    """The inner gradient and its tangents."""
-
-    g: NDArray  # (p,)
-    dG: NDArray  # (q, p)
-
-
-class Coefficients(NamedTuple):
-    """Hyperparameters of one step, n groups, in the rows that the rule names, and their tangents."""
-
-    c: NDArray  # (rows, n)
-    dc: NDArray  # (rows, q, n)
 
 
 @njit(cache=True, nogil=True)

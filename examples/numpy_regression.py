@@ -64,7 +64,7 @@ def data(seed):
 
 
 def run(strategy, steps, lr, seed, label):
-    """(test loss, result, space) of one run; strategy None holds every hyperparameter where it starts."""
+    """(test loss, result) of one run; strategy None holds every hyperparameter where it starts."""
     train, val, test = data(seed)
     rng = np.random.default_rng(seed)
     scale = np.repeat([FEATURES**-0.5, 0, HIDDEN**-0.5, 0], [FEATURES * HIDDEN, HIDDEN, HIDDEN, 1])
@@ -79,9 +79,9 @@ def run(strategy, steps, lr, seed, label):
     if strategy is None:
         for t in range(steps):
             training.step(space.phi0, batch(t), tangents=False)
-        return outer(training.params, {}, test)[0], None, space
+        return outer(training.params, {}, test)[0], None
     result = Tuner(training, strategy, steps=steps, callbacks=[Progress(label)]).fit(batch, [val])
-    return outer(result.params, {}, test)[0], result, space
+    return outer(result.params, {}, test)[0], result
 
 
 def main(argv=None):
@@ -94,9 +94,9 @@ def main(argv=None):
     losses = {"untuned": [], "local": [], "glocal": []}
     for seed in seeds:
         for name, strategy in (("untuned", None), ("local", Local()), ("glocal", Glocal())):
-            loss, result, space = run(strategy, steps, args.lr, seed, name)
+            loss, result = run(strategy, steps, args.lr, seed, name)
             losses[name].append(loss)
-    figure(result.history, space).savefig(args.out, dpi=200)
+    figure(result.history).savefig(args.out, dpi=200)
     for name, found in losses.items():
         explained = 100 * (1 - 2 * np.mean(found))  # the target has variance 1
         print(f"{name:8s} test loss {np.mean(found):.4f}  (about {explained:.0f} % of the variance explained)")

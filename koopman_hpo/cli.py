@@ -55,8 +55,6 @@ def _demo_options(p: argparse.ArgumentParser) -> None:
 def _report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("history", type=Path, help="file that History.save wrote")
     p.add_argument("--out", type=Path, default=None, help="figure to write (the history's name with .png)")
-    p.add_argument("--log", nargs="+", default=[], metavar="NAME", help="hyperparameters that were made by log()")
-    p.add_argument("--logit", nargs="+", default=[], metavar="NAME", help="hyperparameters that were made by logit()")
     p.set_defaults(run=_report, needs=("matplotlib", "rich"))
 
 
@@ -86,7 +84,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from . import report
 
-    return report.main(args.history, args.out or args.history.with_suffix(".png"), args.log, args.logit)
+    return report.main(args.history, args.out or args.history.with_suffix(".png"))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -225,8 +225,8 @@ def _save(setting: Setting, runs: dict[str, Run], searched: list[Run], start: Sp
     assert history is not None
     curves = {name: r.curve for name, r in runs.items()}
     background = [r.curve for r in searched]
-    drawn = figure(history, start, curves=curves, background=background, behind=f"{len(searched)} random")
+    drawn = figure(history, curves=curves, background=background, behind=f"{len(searched)} random")
     picture = out / "demo.png"
     drawn.savefig(picture, dpi=200)
     saved = history.save(out / "history.npz")
-    print(f"figure:  {picture}\nhistory: {saved}  (koopman-hpo report {saved} --log lr l2 --logit momentum)")
+    print(f"figure:  {picture}\nhistory: {saved}  (koopman-hpo report {saved})")

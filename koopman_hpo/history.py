@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from . import files
 from .errors import CheckpointError
+from .hyperparameters import transform
 
 Array = NDArray[Any]
 
@@ -41,11 +42,12 @@ class History:
     of `Record`; `trajectory` (m, q) and `trajectory_step` (m,) hold each recorded hypergradient and when.
 
     Attributes:
-      labels: q names of the coordinates.
+      labels: q names of the coordinates.  transforms: q names of their transforms.
     """
 
-    def __init__(self, labels: tuple[str, ...]):
+    def __init__(self, labels: tuple[str, ...], transforms: tuple[str, ...] = ()):
         self.labels = tuple(labels)
+        self.transforms = tuple(transforms) or ("identity",) * len(self.labels)
         self._records: list[Record] = []
         self._trajectory: list[Array] = []
         self._trajectory_step: list[int] = []
@@ -72,6 +74,12 @@ class History:
         return np.array(column, dtype=_SCALARS[name])
 
     @property
+    def natural(self) -> Array:
+        """(windows, q) the hyperparameters in natural values."""
+        columns = [transform(t).to_natural(u) for t, u in zip(self.transforms, self.phi.T, strict=True)]
+        return np.array(columns, np.float64).reshape(len(self.labels), len(self)).T
+
+    @property
     def trajectory(self) -> Array:
         return np.array(self._trajectory, np.float64).reshape(-1, len(self.labels))
 
@@ -95,7 +103,7 @@ class History:
         """Every column, the trajectory and the labels: what a file holds."""
         out = {name: self._column(name) for name in Record._fields}
         out |= {"trajectory": self.trajectory, "trajectory_step": self.trajectory_step}
-        return out | {"labels": np.array(self.labels, np.str_)}
+        return out | {"labels": np.array(self.labels, np.str_), "transforms": np.array(self.transforms, np.str_)}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> History:
@@ -104,11 +112,11 @@ class History:
         Raises:
           CheckpointError: a column is missing or has another length than the rest.
         """
-        missing = [n for n in (*Record._fields, "trajectory", "trajectory_step", "labels") if n not in arrays]
+        missing = [n for n in (*Record._fields, *_OTHERS) if n not in arrays]
         lengths = {len(arrays[n]) for n in Record._fields if n in arrays}
         if missing or len(lengths) != 1:
             raise CheckpointError(f"History: not a history: columns missing {missing}, lengths {sorted(lengths)}.")
-        history = cls(tuple(str(s) for s in arrays["labels"]))
+        history = cls(*(tuple(str(s) for s in arrays[n]) for n in ("labels", "transforms")))
         kinds: list[Callable[[Any], Any]] = [_SCALARS.get(n, np.array) for n in Record._fields]
         for i in range(lengths.pop()):
             row = [kind(arrays[n][i]) for kind, n in zip(kinds, Record._fields, strict=True)]
@@ -131,6 +139,7 @@ class History:
         return cls.from_arrays(files.read(path, "history"))
 
 
+_OTHERS = ("trajectory", "trajectory_step", "labels", "transforms")
 _VECTORS = frozenset({"phi", "h", "estimate", "error", "move", "coherence"})
 _SCALARS: dict[str, type] = {
     "step": int,

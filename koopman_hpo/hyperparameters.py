@@ -43,13 +43,29 @@ IDENTITY = Transform("identity", -math.inf, math.inf, lambda x: x, lambda u: u, 
 def _box(low: float, high: float) -> Transform:
     width = high - low
     return Transform(
-        f"box({low:g}, {high:g})",
+        f"box({low!r}, {high!r})",
         low,
         high,
         lambda x: _logit((x - low) / width),
         lambda u: low + width * expit(u),
         lambda x: (x - low) * (high - x) / width,
     )
+
+
+def transform(name: str) -> Transform:
+    """The transform of that name, as `Transform.name` gives it: "log", "logit", "identity", "box(low, high)".
+
+    Raises:
+      HyperparameterError: there is none.
+    """
+    simple = {t.name: t for t in (LOG, LOGIT, IDENTITY)}
+    if name in simple:
+        return simple[name]
+    try:
+        low, high = (float(x) for x in name.removeprefix("box(").removesuffix(")").split(","))
+    except ValueError:
+        raise HyperparameterError(f"transform: no transform {name!r}." + nearest(name, simple)) from None
+    return _box(low, high)
 
 
 @dataclass(frozen=True)
@@ -246,6 +262,7 @@ class Space(Mapping[str, Hyperparameter]):
 
     Attributes:
       names: the names, in order.  labels: one string for each coordinate of phi, e.g. `lr`, `l2[1]`, `lr@500`.
+      transforms: the name of each coordinate's transform.
       q: number of coordinates.  phi0: (q,) the start.  low, high: (q,) the box in phi.
       scheduled: whether any value changes with the inner step.
 
@@ -268,6 +285,7 @@ class Space(Mapping[str, Hyperparameter]):
             self._slices[name] = slice(len(labels), len(labels) + h.value.size)
             labels += _labels(name, h)
         self.labels = tuple(labels)
+        self.transforms = tuple(h.transform.name for h in self._entries.values() for _ in range(h.value.size))
         self.q = len(labels)
         self.scheduled = any(h.knots is not None for h in self._entries.values())
         self.phi0 = self.phi({name: h.value for name, h in self._entries.items()})

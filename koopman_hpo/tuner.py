@@ -104,7 +104,7 @@ class Tuner:
         self._mode = MODES[self.mode]
         space = inner.space
         self.phi = space.clip(space.check(space.phi0 if phi is None else phi, "Tuner"))
-        self.history = History(space.labels)
+        self.history = History(space.labels, space.transforms)
         self.used, self.reason, self.cut = 0, "", self.strategy.cut
         self._outer_state: OuterState = self.outer.init(space.q)
         self.initial = inner.snapshot()
@@ -125,6 +125,11 @@ class Tuner:
     def hyper(self) -> dict[str, Any]:
         """Current hyperparameters in natural values."""
         return self.inner.space.natural(self.phi)
+
+    @property
+    def value(self) -> float:
+        """The last outer loss measured at a window's end; NaN before the first."""
+        return self._value
 
     @property
     def budget(self) -> int:

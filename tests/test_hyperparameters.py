@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koopman_hpo import HyperparameterError, ShapeError, Space, box, identity, log, logit
+from koopman_hpo.hyperparameters import transform
 
 finite = {"allow_nan": False, "allow_infinity": False}
 
@@ -93,6 +94,18 @@ def test_replace_moves_a_start_and_keeps_the_rest():
     space = mixed().replace(momentum=0.5)
     assert space.natural(space.phi0)["momentum"] == pytest.approx(0.5)
     assert space.labels == mixed().labels
+
+
+@pytest.mark.parametrize("name", mixed().transforms)
+def test_a_transform_is_found_by_its_name(name):
+    found = transform(name)
+    assert found.name == name
+    assert found.to_natural(found.to_phi(0.25)) == pytest.approx(0.25)
+
+
+def test_an_unknown_transform_is_refused():
+    with pytest.raises(HyperparameterError, match="Did you mean 'log'"):
+        transform("logg")
 
 
 def test_the_start_is_the_users_array_no_more():

@@ -296,6 +296,13 @@ def test_a_history_survives_its_file(tmp_path):
     assert not list(tmp_path.glob(".*"))  # no temporary file stays
 
 
+def test_a_history_knows_its_natural_values(tmp_path):
+    history = make(Local()).fit(BATCHES, VAL).history
+    loaded = History.load(history.save(tmp_path / "h.npz"))
+    for i, row in enumerate(loaded.natural):
+        assert dict(zip(SPACE.names, row, strict=True)) == pytest.approx(SPACE.natural(history.phi[i]))
+
+
 def write(path, content):
     path.write_bytes(content)
     return path

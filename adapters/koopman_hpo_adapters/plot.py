@@ -1,8 +1,8 @@
 """Pictures of a run (extra `plot`): each function draws one thing from a `History` onto matplotlib axes.
 
-    figure(result.history, space).savefig("run.png", dpi=200)
+    figure(result.history).savefig("run.png", dpi=200)
 
-`space` turns phi back into natural values; without it, and where a transform is neither log nor logit, axes are in phi.
+Hyperparameters are drawn in natural values where all of them are log or logit, else in phi.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from koopman_hpo import History, ShapeError, Space, koopman
+from koopman_hpo import History, ShapeError, koopman
 
 __all__ = ["STYLE", "eigenvalues", "figure", "hypergradient", "hyperparameters", "largest", "losses"]
 
@@ -75,7 +75,6 @@ class _Shown(NamedTuple):
 
 def figure(
     history: History,
-    space: Space | None = None,
     *,
     curves: Mapping[str, Curve] | None = None,
     background: Sequence[Curve] = (),
@@ -85,7 +84,6 @@ def figure(
 
     Args:
       history: of the run; its own validation loss is drawn where no curves are given.
-      space: of the run, for natural values.
       curves, background, behind: as in `losses`.
 
     Returns:
@@ -103,12 +101,12 @@ def figure(
         left, middle, right = top.subplots(1, 3)
         losses(left, curves or {"validation": (history.step, history.value)}, background, behind)
         _mark_events(left, history)
-        hyperparameters(middle, history, space)
+        hyperparameters(middle, history)
         eigenvalues(right, history)
         shown = largest(history, PANELS)
         below = bottom.subplots(1, len(shown), squeeze=False)[0]
         for ax, j in zip(below, shown, strict=True):
-            hypergradient(ax, history, j, space)
+            hypergradient(ax, history, j)
         bottom.legend(handles=_keys(), loc="outside lower center", ncols=2, handletextpad=0.6)
     return fig
 
@@ -144,9 +142,9 @@ def losses(ax: Any, curves: Mapping[str, Curve], background: Sequence[Curve] = (
         _legend(ax)
 
 
-def hyperparameters(ax: Any, history: History, space: Space | None = None) -> None:
+def hyperparameters(ax: Any, history: History) -> None:
     """Hyperparameters over inner steps: natural values on a log axis (1 - x for a fraction near one), else phi."""
-    shown = _natural(history, space)
+    shown = _natural(history)
     if shown is None:
         moved = history.phi - history.phi[0]
         shown = [_Shown(label, moved[:, j]) for j, label in enumerate(history.labels)]
@@ -163,7 +161,7 @@ def hyperparameters(ax: Any, history: History, space: Space | None = None) -> No
     _steps_axis(ax)
 
 
-def hypergradient(ax: Any, history: History, j: int, space: Space | None = None) -> None:
+def hypergradient(ax: Any, history: History, j: int) -> None:
     """Hypergradient j as recorded, and each window's estimate of its value at the end of training, with its error."""
     label = history.labels[j]
     colour = _colour(history.labels, j)
@@ -187,7 +185,7 @@ def hypergradient(ax: Any, history: History, j: int, space: Space | None = None)
         linear = 10.0 ** np.floor(np.log10(size) - 2)
         ax.set_yscale("symlog", linthresh=linear, linscale=0.6)
         ax.yaxis.set_minor_locator(NullLocator())
-    ax.set(title=f"Hypergradient: {label}", xlabel="inner steps", ylabel=_derivative(label, space))
+    ax.set(title=f"Hypergradient: {label}", xlabel="inner steps", ylabel=_derivative(label, history.transforms[j]))
     ax.get_ylim()  # brings the limits up to date
     zero = ax.transAxes.inverted().transform(ax.transData.transform((0, 0)))[1]
     for word, side, align, room in (("lower it", 5, "bottom", 1 - zero), ("raise it", -5, "top", zero)):
@@ -237,26 +235,19 @@ def _spectra(history: History) -> Iterable[tuple[int, Array]]:
             yield int(end), koopman.fit(H[:, moving] / scale[moving]).eigenvalues
 
 
-def _natural(history: History, space: Space | None) -> list[_Shown] | None:
+def _natural(history: History) -> list[_Shown] | None:
     """Coordinates in natural values, all of them fit for a log axis; None where that cannot be."""
-    if space is None or space.labels != history.labels:
+    if not set(history.transforms) <= {"log", "logit"}:
         return None
     shown = []
-    for name, h in space.items():
-        where = space.where(name)
-        for j in range(where.start, where.stop):
-            x, label = np.asarray(h.transform.to_natural(history.phi[:, j])), space.labels[j]
-            if h.transform.name not in ("log", "logit"):
-                return None
-            near_one = h.transform.name == "logit" and x[0] >= 0.5
-            shown.append(_Shown(f"1 - {label}", 1 - x) if near_one else _Shown(label, x))
+    for label, transform, x in zip(history.labels, history.transforms, history.natural.T, strict=True):
+        near_one = transform == "logit" and x[0] >= 0.5
+        shown.append(_Shown(f"1 - {label}", 1 - x) if near_one else _Shown(label, x))
     return shown
 
 
-def _derivative(label: str, space: Space | None) -> str:
+def _derivative(label: str, transform: str) -> str:
     """The hypergradient's unit in words."""
-    names = {} if space is None else {space.labels[j]: n for n in space for j in range(*space.where(n).indices(space.q))}
-    transform = space[names[label]].transform.name if space is not None and label in names else "phi"
     return f"∂ loss / ∂ {label}" if transform == "identity" else f"∂ loss / ∂ {transform} {label}"
 
 

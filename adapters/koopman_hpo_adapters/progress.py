@@ -5,7 +5,6 @@ Tuner(run, Glocal(), steps=2000, callbacks=[Progress()]).fit(batches, val_batche
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from koopman_hpo import Tuner
@@ -68,8 +67,7 @@ class Progress:
 
 def describe(tuner: Tuner) -> str:
     """`loss 0.0912, lr 0.0025, momentum 0.994`: scalars by value, vectors by their range."""
-    value = tuner.history[-1].value if len(tuner.history) else math.nan
-    parts = [f"loss {value:.4g}"]
+    parts = [f"loss {tuner.value:.4g}"]
     for name, x in tuner.hyper.items():
         parts.append(f"{name} {x:.3g}" if isinstance(x, float) else f"{name} {x.min():.2g}..{x.max():.2g}")
     return ", ".join(parts)

@@ -45,7 +45,7 @@ def tanh(A, H, slope):
             slope[i, k] = 1.0 - t * t
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def relu(A, H, slope):
     """H <- max(A, 0), slope <- 1 where A > 0, else 0 (at the kink too); NaN stays NaN.  Shapes as `tanh`."""
     n, w = A.shape
@@ -56,7 +56,7 @@ def relu(A, H, slope):
             slope[i, k] = 1.0 if x > 0.0 else 0.0
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def gelu(A, H, slope):
     """H <- A Phi(A), the exact form; slope <- Phi(A) + A Phi'(A).  Shapes as `tanh`."""
     n, w = A.shape
@@ -68,7 +68,7 @@ def gelu(A, H, slope):
             slope[i, k] = cdf if abs(x) > 40.0 else cdf + x * GAUSS * math.exp(-0.5 * x * x)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def gelu_curve(A, curve):
     """curve <- d2 gelu / dA2 = (2 - A^2) Phi'(A).  A, curve: (n, w)."""
     n, w = A.shape
@@ -78,7 +78,7 @@ def gelu_curve(A, curve):
             curve[i, k] = 0.0 if x2 > 1600.0 else (2.0 - x2) * GAUSS * math.exp(-0.5 * x2)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def scale_tangents(slope, V):
     """V[j] <- slope * V[j], in place.  slope: (n, w); V: (q, n, w)."""
     q, n, w = V.shape
@@ -88,7 +88,7 @@ def scale_tangents(slope, V):
                 V[j, i, k] *= slope[i, k]
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def tanh_chain(H, slope, dH, D):
     """D[1 + j] <- slope D[1 + j] - 2 H D[0] dH[j] and D[0] <- slope D[0], in place.
 
@@ -104,7 +104,7 @@ def tanh_chain(H, slope, dH, D):
             D[0, i, k] *= slope[i, k]
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def relu_chain(slope, D):
     """As `tanh_chain`, without the second derivative."""
     k, n, w = D.shape
@@ -114,7 +114,7 @@ def relu_chain(slope, D):
                 D[j, i, l] *= slope[i, l]
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def gelu_chain(curve, slope, dA, D):
     """As `tanh_chain`, with `curve D[0] dA[j]` for the second derivative.  curve: (n, w); dA: (q, n, w)."""
     q, n, w = dA.shape
@@ -127,7 +127,31 @@ def gelu_chain(curve, slope, dA, D):
             D[0, i, k] *= slope[i, k]
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy", fastmath={"contract"})
+def thin(H, D, turned, out):
+    """out <- H' D for a D of few columns, four examples at a time.  H: (n, w); D: (n, b); turned: (b, w); out: (w, b).
+
+    BLAS packs D for columns that it has not: 21 us against 15 at n = w = 128, b = 10.
+    """
+    n, w = H.shape
+    b, whole = D.shape[1], n - n % 4
+    turned[:] = 0
+    for k in range(0, whole, 4):
+        h0, h1, h2, h3 = H[k], H[k + 1], H[k + 2], H[k + 3]
+        for c in range(b):
+            d0, d1, d2, d3, row = D[k, c], D[k + 1, c], D[k + 2, c], D[k + 3, c], turned[c]
+            for i in range(w):
+                row[i] += d0 * h0[i] + d1 * h1[i] + d2 * h2[i] + d3 * h3[i]
+    for k in range(whole, n):
+        for c in range(b):
+            for i in range(w):
+                turned[c, i] += D[k, c] * H[k, i]
+    for i in range(w):
+        for c in range(b):
+            out[i, c] = turned[c, i]
+
+
+@njit(cache=True, error_model="numpy")
 def gather(B, dB, out):
     """out[i] <- [B[i], dB[0, i], dB[1, i], ...].  B: (a, b); dB: (q, a, b); out: (a, 1 + q, b)."""
     q, a, b = dB.shape
@@ -139,7 +163,7 @@ def gather(B, dB, out):
                 out[i, 1 + j, k] = dB[j, i, k]
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def scatter(product, add, out, dout):
     """out <- product[:, 0], dout[j] <- product[:, 1 + j] or, if `add`, plus what is there.  The inverse of `gather`."""
     q, m, b = dout.shape
@@ -152,20 +176,7 @@ def scatter(product, add, out, dout):
                 dout[j, i, k] = dout[j, i, k] + product[i, 1 + j, k] if add else product[i, 1 + j, k]
 
 
-@njit(cache=True)
-def beside(B, dB, at, out):
-    """out[j] <- [B, dB[j]] where at = 0, [dB[j], B] where at = b.  B: (m, b); dB: (q, m, b); out: (q, m, 2 b)."""
-    q, m, b = dB.shape
-    other = b - at
-    for j in range(q):
-        for i in range(m):
-            for k in range(b):
-                out[j, i, at + k] = B[i, k]
-            for k in range(b):
-                out[j, i, other + k] = dB[j, i, k]
-
-
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def cross_entropy(A, y, smoothing, weight, P, R, D):
     """Weighted sum of -sum_c target_c log P_c, with target = (1 - s) onehot(y) + s / c.
 
@@ -200,7 +211,7 @@ def cross_entropy(A, y, smoothing, weight, P, R, D):
     return total, -1
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def cross_entropy_tangents(P, weight, dA):
     """dA[j] <- weight * P (dA[j] - sum_c P dA[j]), in place.  P: (n, c); weight: (n,); dA: (q, n, c)."""
     q, n, c = dA.shape

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _fused
+from . import _passes
 from ._losses import Residual
-from ._products import empty, product, spare_size
+from ._passes import GELU, NARROW, RELU, TANH, Layout
 from ._terms import Terms
 
 CHUNK = 12  # tangents at once: wide enough for BLAS, few enough for the cache
 ROWS = 256  # examples at once, which bounds memory on large batches
+ACTIVATIONS = {"gelu": GELU, "relu": RELU, "tanh": TANH}
 
 
 class Layer(NamedTuple):
@@ -35,153 +36,129 @@ class Layer(NamedTuple):
         """The layer's view of theta (p,)."""
         return theta[self.where].reshape(self.shape)
 
-    def of_each(self, Z):
-        """The layer's view of each row of Z (q, p)."""
-        return Z[:, self.where].reshape((len(Z), *self.shape))
+
+class Workspace(NamedTuple):
+    """Memory for n examples and q tangents, with the views that Python looks at."""
+
+    layout: Layout
+    memory: Any  # flat
+    X: Any  # (n, inputs) of the first layer
+    A: Any  # (1 + q, n, outputs) of the last layer
+    residual: Residual
 
 
-class Level(NamedTuple):
-    """A layer's memory for n examples and q tangents, with the views that its products take."""
-
-    H: Any  # (n, inputs + bias)
-    A: Any  # (1 + q, n, outputs)
-    dH: Any  # (q, n, outputs): of a hidden layer; the memory of A's tangents where these need not be kept
-    slope: Any  # (n, outputs): act'(A) of a hidden layer
-    D: Any  # (1 + q, n, outputs): gradient at A; of the last layer the memory of A
-    left: Any  # (q, n, 2 * outputs): [dD, D], so that `dD W' + D dW'` is one product with `right`
-    right: Any  # (q, inputs, 2 * outputs): [W, dW]
-    forward: Any  # products H [W, dW]
-    backward: Any  # products H' [D, dD]
-
-
-class Workspace(threading.local):
+class Workspaces(threading.local):
     """The memory of the last few sizes, one set a thread; a copy or a pickle of it starts empty."""
 
     def __init__(self):
         self.sets = {}
 
     def get(self, n, q, make):
-        levels = self.sets.get((n, q))
-        if levels is None:
+        found = self.sets.get((n, q))
+        if found is None:
             if len(self.sets) >= 8:
                 self.sets.clear()
-            levels = self.sets[n, q] = make(n, q)
-        return levels
+            found = self.sets[n, q] = make(n, q)
+        return found
 
     def __reduce__(self):
-        return Workspace, ()
+        return Workspaces, ()
 
     def __deepcopy__(self, memo):
-        return Workspace()
+        return Workspaces()
 
 
 class Network:
     """Layers, activation and loss; its functions take theta flat and leave their arguments alone."""
 
     def __init__(self, sizes, activation, loss, bias, dtype):
-        self.activation, self.loss, self.dtype = activation, loss, np.dtype(dtype)
+        self.activation, self.loss, self.bias, self.dtype = activation, loss, int(bool(bias)), np.dtype(dtype)
         self.layers: list[Layer] = []
         self.size = 0
         for inputs, outputs in pairwise(sizes):
-            shape = (inputs + bool(bias), outputs)
+            shape = (inputs + self.bias, outputs)
             stop = self.size + shape[0] * outputs
             self.layers.append(Layer(inputs, outputs, slice(self.size, stop), shape))
             self.size = stop
-        self.workspace = Workspace()
+        self.workspaces = Workspaces()
 
     def outputs(self, theta, X):
         """(n, out): A of the last layer, in memory that the next call overwrites."""
-        levels, _ = self.workspace.get(len(X), 0, self._make)
-        self._forward([layer.of(theta) for layer in self.layers], None, X, levels)
-        return levels[-1].A[0]
+        w = self.workspaces.get(len(X), 0, self._make)
+        w.X[:] = X
+        theta = _seen(theta)
+        _passes.forward(theta, theta.reshape(1, -1)[:0], len(X), w.layout, w.memory)
+        return w.A[0]
 
     def gradient(self, theta, Z, X, y, terms: Terms, g, dG):
         """g (p,), dG (q, p) <- gradient of `sum_i weight_i loss_i` and its tangents along Z (q, p) and the terms' own.
 
         q is at most `CHUNK`.  Returns (loss, -1), or (0, i) where label i is no class; g and dG are then not written.
         """
-        levels, residual = self.workspace.get(len(X), len(Z), self._make)
-        W, dW, dG_l = [layer.of(theta) for layer in self.layers], None, None
-        if len(Z):
-            dW, dG_l = ([layer.of_each(each) for layer in self.layers] for each in (Z, dG))
-        self._forward(W, dW, X, levels)
-        A = levels[-1].A
-        loss, bad = self.loss.value(A[0], y, terms.smoothing, terms.weight, residual)
+        n, q = len(X), len(Z)
+        w = self.workspaces.get(n, q, self._make)
+        w.X[:] = X
+        theta, Z = _seen(theta), _seen(Z)
+        _passes.forward(theta, Z, n, w.layout, w.memory)
+        loss, bad = self.loss.value(w.A[0], y, terms.smoothing, terms.weight, w.residual)
         if bad >= 0:
             return loss, bad
-        if dW:
-            self.loss.tangents(residual, terms.weight, A[1:])
-            terms.push(residual, y, A[1:])
-        self._backward(W, dW, [layer.of(g) for layer in self.layers], dG_l, levels)
+        if q:
+            self.loss.tangents(w.residual, terms.weight, w.A[1:])
+            terms.push(w.residual, y, w.A[1:])
+        _passes.backward(theta, Z, n, w.layout, w.memory, g, dG)
         return loss, bad
 
-    def _forward(self, W, dW, X, levels):
-        """A_l = H_l W_l, dA_l = H_l dW_l + dH_l W_l; H = act(A), dH = act'(A) dA."""
-        levels[0].H[:, : X.shape[1]] = X
-        for l, (layer, level) in enumerate(zip(self.layers, levels, strict=True)):
-            A = level.A[0]
-            if dW:
-                if l > 0:
-                    _stacked(levels[l - 1].dH, W[l][: layer.inputs], level.A[1:])
-                level.forward(level.H, W[l], dW[l], A, level.A[1:])
-            else:
-                np.matmul(level.H, W[l], out=A)
-            if layer is not self.layers[-1]:
-                self.activation.value(A, levels[l + 1].H, level.slope)
-                if self.activation.keeps_input:
-                    np.copyto(level.dH, level.A[1:])
-                if dW:
-                    _fused.scale_tangents(level.slope, level.dH)
-
-    def _backward(self, W, dW, G, dG, levels):
-        """G = H' D, dG = H' dD + dH' D; T = D W', dT = dD W' + D dW'; then D of the layer below."""
-        for l in reversed(range(len(levels))):
-            level, layer, D = levels[l], self.layers[l], levels[l].D[0]
-            inputs = layer.inputs
-            if dW:
-                if l > 0:
-                    np.matmul(levels[l - 1].dH.transpose(0, 2, 1), D, out=dG[l][:, :inputs])
-                    dG[l][:, inputs:] = 0  # the column of ones has no tangent
-                level.backward(level.H.T, D, level.D[1:], G[l], dG[l])
-            else:
-                np.matmul(level.H.T, D, out=G[l])
-            if l > 0:
-                below = levels[l - 1]
-                np.matmul(D, W[l][:inputs].T, out=below.D[0])
-                if dW:
-                    _fused.beside(D, level.D[1:], layer.outputs, level.left)
-                    _fused.beside(W[l][:inputs], dW[l][:, :inputs], 0, level.right)
-                    np.matmul(level.left, level.right.transpose(0, 2, 1), out=below.D[1:])
-                self.activation.chain(below.A, level.H, below.slope, below.dH, below.D)
-
     def _make(self, n, q):
-        """[Level, ...], Residual: memory for n examples and q tangents."""
-        new = lambda *shape: empty(shape, self.dtype)
-        sizes = [
-            max(spare_size(n, *layer.shape, q, l > 0), spare_size(layer.shape[0], n, layer.outputs, q, l > 0))
-            for l, layer in enumerate(self.layers)
-        ]
-        spare = new(max(sizes))
-        levels = []
-        for l, layer in enumerate(self.layers):
-            rows, out = layer.shape
-            A, last = new(1 + q, n, out), layer is self.layers[-1]
-            level = Level(
-                H=np.ones((n, rows), self.dtype),
-                A=A,
-                dH=new(q, n, out) if self.activation.keeps_input and not last else A[1:],
-                slope=None if last else new(n, out),
-                D=A if last else new(1 + q, n, out),
-                left=new(q, n, 2 * out) if l > 0 else None,
-                right=new(q, layer.inputs, 2 * out) if l > 0 else None,
-                forward=product(spare, n, rows, out, q, l > 0),
-                backward=product(spare, rows, n, out, q, l > 0),
-            )
-            levels.append(level)
-        c = self.layers[-1].outputs
-        return levels, Residual(new(n, c), new(n, c), levels[-1].A[0])
+        """A `Workspace`: everything in one flat memory, each piece starting on a cache line."""
+        line = 64 // self.dtype.itemsize
+        total = 0
+
+        def place(*shape):
+            nonlocal total
+            start, total = total, total + -(-int(np.prod(shape)) // line) * line
+            return start
+
+        L, keeps = len(self.layers), self.activation == GELU
+        H = [place(n, layer.shape[0]) for layer in self.layers]
+        A = [place(1 + q, n, layer.outputs) for layer in self.layers]
+        hidden = self.layers[:-1]
+        dH = [place(q, n, layer.outputs) if keeps else A[l] + n * layer.outputs for l, layer in enumerate(hidden)]
+        slope = [place(n, layer.outputs) for layer in hidden]
+        D = [place(1 + q, n, layer.outputs) for layer in hidden]
+        spare = place(max(self._scratch(layer, n, q) for layer in self.layers))
+        table = lambda *rows: np.array(rows, np.int64)
+        sizes = table(self.layers[0].inputs, *(layer.outputs for layer in self.layers))
+        where = table(*(layer.where.start for layer in self.layers))
+        layout = Layout(
+            *(sizes, self.bias, self.activation, where, table(*H), table(*A)),
+            *(table(*dH, 0), table(*slope, 0), table(*D, A[-1]), spare),
+        )
+        memory = _aligned(total, self.dtype)
+        for l, layer in enumerate(self.layers):  # the columns of ones
+            memory[H[l] : H[l] + n * layer.shape[0]] = 1
+        first, c = self.layers[0], self.layers[-1].outputs
+        X = memory[H[0] : H[0] + n * first.shape[0]].reshape(n, -1)[:, : first.inputs]
+        A_last = memory[A[L - 1] : A[L - 1] + (1 + q) * n * c].reshape(1 + q, n, c)
+        residual = Residual(np.empty((n, c), self.dtype), np.empty((n, c), self.dtype), A_last[0])
+        return Workspace(layout, memory, X, A_last, residual)
+
+    def _scratch(self, layer, n, q):
+        """How many numbers a layer's products take beside their results."""
+        rows, out = layer.shape
+        products = (1 + q) * (rows + n) * out if out < NARROW else max(rows, n) * out
+        return max(products, 2 * (n + rows) * out, n * out)
 
 
-def _stacked(A, B, out):
-    """out[j] <- A[j] B as one product.  A: (k, m, a), out: (k, m, b), both contiguous; B: (a, b)."""
-    np.matmul(A.reshape(-1, A.shape[2]), B, out=out.reshape(-1, out.shape[2]))
+def _seen(a):
+    """A read-only, contiguous view: kernels are compiled for one kind of array."""
+    view = np.ascontiguousarray(a).view()
+    view.flags.writeable = False
+    return view
+
+
+def _aligned(size, dtype):
+    """Uninitialised flat memory that starts on a cache line: passes over rows then load whole lines, 2 % of a step."""
+    raw = np.empty(size * dtype.itemsize + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size * dtype.itemsize].view(dtype)

@@ -17,11 +17,10 @@ import numpy as np
 from koopman_hpo.errors import AdapterError, nearest
 from koopman_hpo.problem import Array, Problem
 
-from ._activations import ACTIVATIONS
 from ._differences import difference_error
 from ._handwritten import problem
 from ._losses import LOSSES
-from ._mlp import Network
+from ._mlp import ACTIVATIONS, Network
 from ._ready import Ready
 from ._terms import Settings
 

@@ -3,7 +3,8 @@
 A rule sees one parameter.  `c` holds the hyperparameters, `dc` their derivatives along one tangent direction, in the
 order given by the optimizer's row names in `koopman_hpo.inner`.  `*_direction` returns what the step needs and what
 every tangent shares (so that no root or division is taken once a direction); `*_tangent` is then linear in the
-tangents.  Lazy `@njit` without signatures: CUDA kernels call the same functions.
+tangents.  Lazy `@njit` without signatures: CUDA kernels call the same functions.  Division follows NumPy (inf and NaN,
+no exception), without which no loop that divides is vectorised: Adam's kernel takes two thirds of the time.
 
 No literal floats: `1.0` is float64 and would promote float32 arithmetic, so constants come in as hyperparameters:
 `1 - beta` as a row of its own, computed in float64 on the host, and `one`, which is 1 in the arithmetic's own type.
@@ -16,7 +17,7 @@ import math
 from numba import njit
 
 
-@njit
+@njit(error_model="numpy")
 def sgd_direction(theta, m, g, c, nesterov):
     """d, the new momentum buffer, and the direction u of `theta - lr * u`."""
     _, mu, keep, wd = c
@@ -26,7 +27,7 @@ def sgd_direction(theta, m, g, c, nesterov):
     return d, m1, u
 
 
-@njit
+@njit(error_model="numpy")
 def sgd_tangent(z, dm, dg, old, new, c, dc, nesterov):
     """Tangents of theta and of the momentum buffer after the step."""
     theta, m = old
@@ -39,13 +40,13 @@ def sgd_tangent(z, dm, dg, old, new, c, dc, nesterov):
     return z - lr * du - dlr * u, dm1
 
 
-@njit
+@njit(error_model="numpy")
 def half_inverse(r, one):
     """`1 / (2 r)`, the derivative of the root at r^2; zero at zero, where every squared gradient was zero."""
     return one / (r + r) if r > 0 else r
 
 
-@njit
+@njit(error_model="numpy")
 def adam_direction(theta, m, v, g, c, decoupled):
     """d, new moments, m_hat / denominator, 1 / denominator, and half the inverse root of v_hat."""
     _, b1, a1, b2, a2, i1, i2, eps, wd, one = c
@@ -57,7 +58,7 @@ def adam_direction(theta, m, v, g, c, decoupled):
     return d, m1, v1, i1 * m1 * inverse, inverse, half_inverse(r, one)
 
 
-@njit
+@njit(error_model="numpy")
 def adam_tangent(z, dm, dv, dg, old, new, c, dc, decoupled):
     """Tangents of theta and both moments.  `i1 = 1 / (1 - beta1^t)` and `i2` carry the derivative of the bias
     correction with respect to the betas, which a scalar correction drops."""
@@ -76,7 +77,7 @@ def adam_tangent(z, dm, dv, dg, old, new, c, dc, decoupled):
     return z - lr * du - dlr * u, dm1, dv1
 
 
-@njit
+@njit(error_model="numpy")
 def rmsprop_direction(theta, state, g, c, centered):
     """d, new square average, mean and momentum buffer, d / denominator, 1 / denominator, half the inverse root."""
     v, a, m = state
@@ -91,7 +92,7 @@ def rmsprop_direction(theta, state, g, c, centered):
     return d, v1, a1, mu * m + u, u, inverse, half_inverse(r, one)
 
 
-@njit
+@njit(error_model="numpy")
 def rmsprop_tangent(z, dstate, dg, old, new, c, dc, centered):
     """Tangents of theta, square average, mean and momentum buffer."""
     theta, v, a, m = old
@@ -108,7 +109,7 @@ def rmsprop_tangent(z, dstate, dg, old, new, c, dc, centered):
     return z - lr * dm1 - dlr * m1, dv1, da1, dm1
 
 
-@njit
+@njit(error_model="numpy")
 def adagrad_direction(theta, v, g, c):
     """d, new sum of squares, d / denominator, 1 / denominator, half the inverse root."""
     _, eps, wd, one = c
@@ -119,7 +120,7 @@ def adagrad_direction(theta, v, g, c):
     return d, v1, d * inverse, inverse, half_inverse(r, one)
 
 
-@njit
+@njit(error_model="numpy")
 def adagrad_tangent(z, dv, dg, theta, new, c, dc):
     """Tangents of theta and of the sum of squares; `lr` is the decayed rate."""
     d, _, u, inverse, half = new
@@ -132,7 +133,7 @@ def adagrad_tangent(z, dv, dg, theta, new, c, dc):
     return z - lr * du - dlr * u, dv1
 
 
-@njit
+@njit(error_model="numpy")
 def lion_direction(theta, m, g, c):
     """New momentum and the signed direction."""
     _, b1, a1, b2, a2, wd, one = c
@@ -141,7 +142,7 @@ def lion_direction(theta, m, g, c):
     return b2 * m + a2 * g, sign + wd * theta
 
 
-@njit
+@njit(error_model="numpy")
 def lion_tangent(z, dm, dg, old, u, c, dc):
     """Tangents of theta and the momentum.  The derivative of the sign is zero wherever it exists: taken as zero."""
     theta, m, g = old

@@ -24,7 +24,7 @@ from ..rules import (
 )
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def sgd(grads, coefficients, blocks, nesterov, work, state):
     """Slots: momentum buffer.  Rows: lr, momentum, 1 - dampening, weight_decay."""
     theta, slots, Z, dslots = state
@@ -46,7 +46,7 @@ def sgd(grads, coefficients, blocks, nesterov, work, state):
             th[i], m[i] = th[i] - cs[0] * u[i], m1[i]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def adam(grads, coefficients, blocks, decoupled, work, state):
     """Slots: both moments.  Rows: lr, b1, 1 - b1, b2, 1 - b2, 1 / (1 - b1^t), 1 / (1 - b2^t), eps, weight_decay, one."""
     theta, slots, Z, dslots = state
@@ -73,7 +73,7 @@ def adam(grads, coefficients, blocks, decoupled, work, state):
             th[i], m[i], v[i] = th[i] - lr * step, m1[i], v1[i]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def rmsprop(grads, coefficients, blocks, centered, work, state):
     """Slots: square average, mean, momentum buffer.  Rows: lr, alpha, 1 - alpha, momentum, eps, weight_decay, one."""
     theta, slots, Z, dslots = state
@@ -103,7 +103,7 @@ def rmsprop(grads, coefficients, blocks, centered, work, state):
             th[i], v[i], a[i], m[i] = th[i] - cs[0] * m1[i], v1[i], a1[i], m1[i]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def adagrad(grads, coefficients, blocks, flag, work, state):
     """Slots: sum of squares.  Rows: decayed lr, eps, weight_decay, one.  `flag` is unused."""
     theta, slots, Z, dslots = state
@@ -125,7 +125,7 @@ def adagrad(grads, coefficients, blocks, flag, work, state):
             th[i], v[i] = th[i] - cs[0] * u[i], v1[i]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def lion(grads, coefficients, blocks, flag, work, state):
     """Slots: momentum.  Rows: lr, b1, 1 - b1, b2, 1 - b2, weight_decay, one.  `flag` is unused."""
     theta, slots, Z, dslots = state

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from . import files
-from .errors import CheckpointError
+from .errors import CheckpointError, ShapeError
 from .tuner import Tuner
 
 
@@ -37,6 +37,10 @@ def load(path: str | os.PathLike[str], tuner: Tuner) -> Tuner:
     try:
         meta = json.loads(str(arrays.pop("meta")))
         tuner.restore({"meta": meta, **arrays})
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except ShapeError as error:
+        raise CheckpointError(f"checkpoint.load: {path} does not fit this tuner. {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"checkpoint.load: {path} lacks what a checkpoint holds ({error!r}).") from error
     return tuner

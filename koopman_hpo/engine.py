@@ -102,6 +102,12 @@ class CoreInner:
         """(q, p), or (s, p) along random directions: a copy of dtheta / dphi."""
         return self._state.Z.copy()
 
+    @property
+    def settings(self) -> str:
+        """The optimizer, its variant, what it holds fixed and its groups: what a checkpoint must fit."""
+        fixed = ", ".join(f"{n}={v.tolist()}" for n, v in self._fixed.items())
+        return f"{self.rule.name}(flag={self.rule.flag}, fill={self.rule.fill}, {fixed}, groups={self._groups})"
+
     def tangent_norm(self) -> float:
         """Frobenius norm of the tangents of theta: grows exponentially where training is chaotic."""
         return float(np.linalg.norm(self._state.Z))

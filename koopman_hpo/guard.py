@@ -30,8 +30,11 @@ class Guard:
     hypergradient flips its sign at half of its records or more.  Both happen where the learning rate is beyond the edge
     of stability: the exact derivative explodes and is true only of a vanishing neighbourhood.
 
+    Then too the hyperparameters in `shrink_names` are divided by `shrink`, but training goes on where it is.
+
     After either, tangents and the outer optimizer's memory start again: one explosion would dwarf every gradient after.
-    Disbelief in mode restart also divides by `shrink`: the same run would only give the same doubt.
+    A loss that starts at zero gives no scale: then only what is not finite is caught.  For a warm start near zero, or a
+    loss with an arbitrary offset, choose `factor` and `excess` yourself.
     """
 
     factor: float = 1.5
@@ -51,7 +54,7 @@ class Guard:
     def stray(self, name: str, value: float, start: float) -> str:
         """Why a loss has strayed too far above its start, or an empty string."""
         limit = start + (self.factor - 1) * abs(start)
-        return f"{name} {value:.4g} exceeds {limit:.4g}" if value > limit else ""
+        return f"{name} {value:.4g} exceeds {limit:.4g}" if value > limit and start != 0 else ""
 
     def doubt(self, h: Array, lr: float, start: float, growth: float, recent: Array) -> str:
         """Why the hypergradient h (q,) cannot be believed, or an empty string.
@@ -68,9 +71,12 @@ class Guard:
 
     def shrunk(self, space: Space, phi: Array) -> Array:
         """(q,) phi with the step sizes divided by `shrink`, within the bounds; phi itself where there are none."""
-        natural = space.natural(phi)
-        names = [n for n in self.shrink_names if n in space]
-        return space.phi(natural | {n: np.clip(natural[n] / self.shrink, *space[n].bounds) for n in names})
+        out = phi.copy()
+        for name in self.shrink_names:
+            if name in space:
+                h, where = space[name], space.where(name)
+                out[where] = h.transform.to_phi(h.transform.to_natural(phi[where]) / self.shrink)
+        return np.where(out == phi, phi, space.clip(out))
 
 
 def coherence(H: Array) -> Array:

@@ -87,9 +87,10 @@ class History:
     def trajectory_step(self) -> NDArray[np.int64]:
         return np.array(self._trajectory_step, np.int64)
 
-    def trajectory_since(self, step: int) -> Array:
-        """(m, q) the hypergradients recorded after a step."""
-        m = sum(1 for _ in itertools.takewhile(lambda s: s > step, reversed(self._trajectory_step)))
+    def recent(self, step: int, least: int = 10) -> Array:
+        """(m, q) the hypergradients recorded after a step, or the last `least` where these are more."""
+        since = sum(1 for _ in itertools.takewhile(lambda s: s > step, reversed(self._trajectory_step)))
+        m = min(max(since, least), len(self._trajectory))
         return np.array(self._trajectory[len(self._trajectory) - m :], np.float64).reshape(m, len(self.labels))
 
     def append(self, record: Record) -> None:

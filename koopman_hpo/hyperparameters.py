@@ -288,8 +288,8 @@ class Space(Mapping[str, Hyperparameter]):
         self.transforms = tuple(h.transform.name for h in self._entries.values() for _ in range(h.value.size))
         self.q = len(labels)
         self.scheduled = any(h.knots is not None for h in self._entries.values())
-        self.phi0 = self.phi({name: h.value for name, h in self._entries.items()})
         self.low, self.high = (self._bounds(side) for side in (0, 1))
+        self.phi0 = self.phi({name: h.value for name, h in self._entries.items()})
 
     def __getitem__(self, name: str) -> Hyperparameter:
         return self._entries[name]
@@ -305,10 +305,12 @@ class Space(Mapping[str, Hyperparameter]):
         return f"Space({inside})"
 
     def _bounds(self, side: int) -> Array:
+        """(q,) one side of the box; an open edge lies where the value has come near enough and is still inside."""
         out = np.empty(self.q)
         with np.errstate(divide="ignore"):
             for name, h in self._entries.items():
-                out[self._slices[name]] = h.transform.to_phi(np.float64(h.bounds[side]))
+                edge = h.transform.to_phi(np.float64(h.bounds[side]))
+                out[self._slices[name]] = edge if h.transform is IDENTITY else np.clip(edge, *_EDGE[h.transform is LOG])
         return out
 
     def where(self, name: str) -> slice:
@@ -335,8 +337,9 @@ class Space(Mapping[str, Hyperparameter]):
                 raise ShapeError(f"Space.phi: {name} must have shape {h.value.shape}, got {value.shape}.")
             if not ((value >= h.bounds[0]) & (value <= h.bounds[1])).all():
                 raise HyperparameterError(f"Space.phi: {name} must lie within its bounds {h.bounds}, got {value.tolist()}.")
-            phi[self._slices[name]] = h.transform.to_phi(value).ravel()
-        return phi
+            with np.errstate(divide="ignore"):
+                phi[self._slices[name]] = h.transform.to_phi(value).ravel()
+        return self.clip(phi)
 
     def replace(self, **natural: ArrayLike) -> Space:
         """The same space with other starts: `space.replace(lr=1e-3)`."""
@@ -398,6 +401,9 @@ class Space(Mapping[str, Hyperparameter]):
             values[name] = value if h.groups else float(value[0])
             seeds[name] = seed if h.groups else seed[:, 0]
         return Point(values, seeds)
+
+
+_EDGE = {True: (-690.0, 690.0), False: (-30.0, 30.0)}  # of log: exp stays finite; of a logistic: 1 - x is above 1e-13
 
 
 def _labels(name: str, h: Hyperparameter) -> list[str]:

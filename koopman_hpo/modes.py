@@ -7,16 +7,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .inner import Inner
+
 if TYPE_CHECKING:
     from .tuner import Tuner
 
 Array = NDArray[Any]
 
 
+def begin_again(inner: Inner, snapshot: dict[str, NDArray]) -> None:
+    """Back to a snapshot, with zero tangents and, where these are random, directions that were not drawn before."""
+    if getattr(inner, "directions", None) is None:
+        inner.restore(snapshot)
+    else:
+        inner.restore(snapshot | {"rng": inner.snapshot()["rng"]})
+    inner.forget(0)
+
+
 class Online:
     """One pass: phi moves while the model trains, tangents are carried on and slowly forgotten."""
-
-    name = "online"
 
     def length(self, tuner: Tuner) -> int:
         return min(tuner.window, tuner.steps - tuner.used)
@@ -40,10 +49,6 @@ class Online:
         assert tuner.guard is not None
         return tuner.guard.stray("validation loss", value, tuner.value0)
 
-    def after_doubt(self, tuner: Tuner) -> Array | None:
-        """phi after an estimate that was not believed, or None to believe it: training goes on and gives another."""
-        return tuner.phi
-
     def advance(self, tuner: Tuner, estimate: Array, *, reset: bool) -> None:
         fresh = getattr(tuner.inner, "directions", None) is not None  # new random directions carry nothing
         tuner.inner.forget(0 if reset or fresh else tuner.forget**tuner.progress.length)
@@ -54,8 +59,6 @@ class Online:
 
 class Restart:
     """Whole runs, or runs cut short: phi is constant in a run, tangents are never reset, then training begins again."""
-
-    name = "restart"
 
     def length(self, tuner: Tuner) -> int:
         return max(1, round(tuner.cut * tuner.steps))
@@ -80,15 +83,10 @@ class Restart:
         inner = stray("mean inner loss", w.loss / w.done, w.first)
         return inner if stray("validation loss", value, tuner.value0) else ""
 
-    def after_doubt(self, tuner: Tuner) -> Array | None:
-        """The same run would give the same doubt: the step sizes shrink, as after a rollback, if there are any."""
-        assert tuner.guard is not None
-        shrunk = tuner.guard.shrunk(tuner.inner.space, tuner.phi)
-        return None if np.array_equal(shrunk, tuner.phi) else shrunk
-
     def advance(self, tuner: Tuner, estimate: Array, *, reset: bool) -> None:
         """Begin again; double the cut when this outer gradient opposes the last one (horizon continuation)."""
-        tuner.inner.restore(tuner.initial)
+        begin_again(tuner.inner, tuner.initial)
+        tuner.norms.clear()  # of tangents that are gone
         last = [r for r in tuner.history if not r.event][:-1]
         if last and not reset and float(np.dot(last[-1].estimate, estimate)) < 0:
             tuner.cut = min(1.0, 2 * tuner.cut)

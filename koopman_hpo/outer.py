@@ -36,6 +36,7 @@ class Outer(NamedTuple):
     init: Callable[[int], OuterState]
     update: Callable[[Array, OuterState, float], tuple[Array, OuterState]]
     lr: float | None
+    settings: str = ""  # the rest of what it was made with
 
 
 def _init(q: int) -> OuterState:
@@ -64,7 +65,7 @@ def adam(lr: float | None = None, *, b1: float = 0.3, b2: float = 0.9, eps: floa
         step = lr * (mean / (1 - b1**count)) / (root + eps)
         return np.clip(step, -clip * lr, clip * lr), OuterState(mean, square, count)
 
-    return Outer("adam", _init, update, lr)
+    return Outer("adam", _init, update, lr, f"b1={b1}, b2={b2}, eps={eps}, clip={clip}")
 
 
 def sgd(lr: float | None = None, *, momentum: float = 0.0, clip: float = 2.0) -> Outer:
@@ -75,7 +76,7 @@ def sgd(lr: float | None = None, *, momentum: float = 0.0, clip: float = 2.0) ->
         mean = momentum * state.mean + h
         return np.clip(lr * mean, -clip * lr, clip * lr), OuterState(mean, state.square, state.steps + 1)
 
-    return Outer("sgd", _init, update, lr)
+    return Outer("sgd", _init, update, lr, f"momentum={momentum}, clip={clip}")
 
 
 def sign(lr: float | None = None) -> Outer:

@@ -51,6 +51,23 @@ def check(tuner: Tuner) -> None:
         raise HyperparameterError(f"Tuner: forget must lie in [0, 1], got {tuner.forget!r}.")
 
 
+def of(tuner: Tuner) -> dict[str, Any]:
+    """What two tuners must share for one to go on where the other stopped."""
+    names = ("mode", "steps", "window", "runs", "forget", "every")
+    space = [
+        [name, h.transform.name, list(h.bounds), None if h.knots is None else list(map(int, h.knots)), h.schedule]
+        for name, h in tuner.inner.space.items()
+    ]
+    return {n: getattr(tuner, n) for n in names} | {
+        "space": space,
+        "labels": list(tuner.inner.space.labels),
+        "inner": str(getattr(tuner.inner, "settings", type(tuner.inner).__name__)),
+        "strategy": repr(tuner.strategy),
+        "guard": repr(tuner.guard),
+        "outer": f"{tuner.outer.name}(lr={tuner.outer.lr}, {tuner.outer.settings})",
+    }
+
+
 def same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Refuse to resume a run under other settings, naming the first that differs."""
     for name, mine in ours.items():

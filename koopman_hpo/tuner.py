@@ -23,7 +23,7 @@ from .guard import Guard, coherence
 from .history import History, Record
 from .inner import Inner
 from .koopman import Forecast
-from .modes import MODES
+from .modes import MODES, begin_again
 from .outer import Outer, OuterState
 from .strategies import Glocal, Strategy
 
@@ -33,13 +33,23 @@ Array = NDArray[Any]
 class Result(NamedTuple):
     """What tuning leaves: the model, the hyperparameters, and the story."""
 
-    params: NDArray  # (p,) trained parameters; the last good ones if training diverged
+    params: NDArray  # (p,) online: at the end, the last good ones if training diverged; restart: of the best run
     hyper: dict[str, Any]  # natural values
     phi: Array  # (q,)
-    value: float  # last outer loss measured
+    value: float  # outer loss of these parameters, when it was last measured
     steps: int  # inner steps spent
     reason: str  # why it ended
     history: History
+    best: Best | None  # where the outer loss was lowest: online, of all windows; restart, of the longest runs
+
+
+class Best(NamedTuple):
+    """The best run or window's end so far: everything from the one moment."""
+
+    value: float  # outer loss
+    phi: Array  # (q,) that it ran with
+    params: NDArray  # (p,)
+    steps: int  # inner steps of its run
 
 
 class Window(NamedTuple):
@@ -111,8 +121,9 @@ class Tuner:
         self.value0 = math.nan
         self._value = math.nan
         self._rollbacks = 0
-        self._best: tuple[float, Array, NDArray] | None = None
-        self._norms: list[tuple[int, float]] = []
+        self._best: Best | None = None
+        self._trained = False  # mode restart: whether the final run has been
+        self.norms: list[tuple[int, float]] = []
         self.progress = self._open(0)
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -138,12 +149,12 @@ class Tuner:
 
     @property
     def result(self) -> Result:
-        """What stands now; in mode `restart`, the best full run so far if there is one."""
-        phi, value, params = self.phi, self._value, self.inner.params
-        if self.mode == "restart" and self._best is not None:
-            value, phi, params = self._best
+        """What stands now; in mode `restart`, the best of the longest runs so far."""
+        best, phi, value, params = self._best, self.phi, self._value, self.inner.params
+        if self.mode == "restart" and best is not None:
+            value, phi, params = best.value, best.phi, best.params
         hyper = self.inner.space.natural(phi)
-        return Result(params, hyper, phi.copy(), value, self.used, self.reason or "not finished", self.history)
+        return Result(params, hyper, phi.copy(), value, self.used, self.reason or "not finished", self.history, best)
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -166,7 +177,7 @@ class Tuner:
         w = self.progress = w._replace(done=w.done + 1, first=first, loss=w.loss + loss)
         if not math.isfinite(loss):
             self._roll_back(f"inner loss is {loss}")
-        elif w.done % self._spacing(w.length) == 0 or w.done == w.length:
+        elif (w.length - w.done) % self._spacing(w.length) == 0:  # counted from the end: evenly spaced up to it
             found = self.inner.hypergradient(val_batch)
             w.H.append(found.grad)
             if np.isfinite(found.grad).all():
@@ -195,7 +206,7 @@ class Tuner:
             if window != self.progress.number:  # one outer batch a window: its trajectory is of one function
                 window, val = self.progress.number, val_batch(self.progress.number)
             self.step(inner_batch(self.used), val)
-        if self.mode == "restart" and self.reason == "finished":
+        if self.mode == "restart" and self.reason == "finished" and not self._trained:
             self._final_run(inner_batch, val_batch)
         return self.result
 
@@ -203,7 +214,7 @@ class Tuner:
         """Everything that a resumed run needs: `{name: array}` and, under "meta", plain numbers and strings."""
         w, best = self.progress, self._best
         meta = {
-            "settings": self.settings,
+            "settings": settings.of(self),
             "scalars": [
                 self.used,
                 self.reason,
@@ -211,11 +222,12 @@ class Tuner:
                 self.value0,
                 self._value,
                 self._rollbacks,
-                self._norms,
+                self.norms,
             ],
             "window": [w.number, w.length, w.done, w.first, w.loss],
             "outer": self._outer_state.steps,
-            "best": None if best is None else best[0],
+            "trained": self._trained,
+            "best": None if best is None else [best.value, best.steps],
         }
         arrays = {f"inner/{k}": v for k, v in self.inner.snapshot().items()}
         arrays |= {f"start/{k}": v for k, v in w.start.items()}
@@ -225,7 +237,7 @@ class Tuner:
         arrays |= {"phi": self.phi.copy(), "mean": self._outer_state.mean, "square": self._outer_state.square}
         arrays |= {"H": np.array(w.H).reshape(-1, self.phi.size)}
         if best is not None:
-            arrays |= {"best/phi": best[1], "best/params": best[2]}
+            arrays |= {"best/phi": best.phi, "best/params": best.params}
         return {"meta": meta, **arrays}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
@@ -236,14 +248,15 @@ class Tuner:
           ShapeError: it belongs to another model or space.
         """
         meta = snapshot["meta"]
-        settings.same(self.settings, meta["settings"])
+        settings.same(settings.of(self), meta["settings"])
         part = lambda head: {k.removeprefix(head): v for k, v in snapshot.items() if k.startswith(head)}
         history, phi = History.from_arrays(part("history/")), np.array(snapshot["phi"])
         number, length, done, first, loss = meta["window"]
         window = Window(part("start/"), number, length, done, first, loss, list(snapshot["H"]))
         outer_state = OuterState(snapshot["mean"], snapshot["square"], meta["outer"])
         best = meta["best"]
-        best = None if best is None else (best, snapshot["best/phi"], snapshot["best/params"])
+        if best is not None:
+            best = Best(best[0], snapshot["best/phi"], snapshot["best/params"], best[1])
         used, reason, cut, value0, value, rollbacks, norms = meta["scalars"]
         self.inner.restore(part("inner/"))  # refuses what does not fit; nothing else has moved yet
         self.history, self.phi, self.progress, self._outer_state, self._best = (
@@ -254,16 +267,9 @@ class Tuner:
             best,
         )
         self.used, self.reason, self.cut, self.value0, self._value = used, reason, cut, value0, value
-        self._rollbacks, self._norms = rollbacks, [(int(n), float(size)) for n, size in norms]
+        self._trained = meta["trained"]
+        self._rollbacks, self.norms = rollbacks, [(int(n), float(size)) for n, size in norms]
         self.initial = part("initial/") or self.initial
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What two tuners must share for one to go on where the other stopped."""
-        names = ("mode", "steps", "window", "runs", "forget", "every")
-        shared = {n: getattr(self, n) for n in names} | {"labels": list(self.inner.space.labels)}
-        outer = f"{self.outer.name}(lr={self.outer.lr})"
-        return shared | {"strategy": repr(self.strategy), "guard": repr(self.guard), "outer": outer}
 
     # -- windows ---------------------------------------------------------------------------------------------------
 
@@ -291,19 +297,21 @@ class Tuner:
         self._rollbacks, self._value = 0, value
         ahead = max(0, round(self._mode.left(self) / self._spacing(w.length)))
         forecast = self.strategy.estimate(H, ahead)
-        doubt = self._doubt(H[-1])
-        elsewhere = self._mode.after_doubt(self) if doubt else None
-        if elsewhere is not None:
-            target = elsewhere
+        doubt, target = self._doubt(H[-1]), self.phi
+        if doubt and self.guard is not None:
+            target = self.guard.shrunk(self.inner.space, self.phi)
+            if self.mode == "restart" and np.array_equal(target, self.phi):
+                doubt = ""  # nothing to shrink: the same run would give the same doubt, so its sign is followed
+        if doubt:
             self._outer_state = self.outer.init(self.phi.size)
-            self._norms.clear()
+            self.norms.clear()
         else:
             step, self._outer_state = self.outer.update(forecast.value, self._outer_state, self._lr())
             target = self.inner.space.clip(self.phi - step)
-        self._record(H, forecast, self.phi - target, value, f"not used, {doubt}" if elsewhere is not None else "")
-        self._keep_best(value)
+        self._record(H, forecast, self.phi - target, value, f"not used, {doubt}" if doubt else "")
+        self._keep_best(value, w.length)
         self.phi = target
-        self._mode.advance(self, forecast.value, reset=elsewhere is not None)
+        self._mode.advance(self, forecast.value, reset=bool(doubt))
         self._next()
 
     def _verdict(self, value: float, h: Array) -> str:
@@ -326,10 +334,11 @@ class Tuner:
         for call in self.callbacks:
             call(self)
 
-    def _keep_best(self, value: float) -> None:
-        full = self.mode == "restart" and self.progress.length == self.steps
-        if full and (self._best is None or value < self._best[0]):
-            self._best = (value, self.phi.copy(), self.inner.params)
+    def _keep_best(self, value: float, steps: int) -> None:
+        """Online the lowest outer loss counts; in mode `restart` a longer run comes before a shorter one."""
+        rank = lambda value, steps: (-steps if self.mode == "restart" else 0, value)
+        if self._best is None or rank(value, steps) < rank(self._best.value, self._best.steps):
+            self._best = Best(value, self.phi.copy(), self.inner.params, steps)
 
     # -- when things go wrong --------------------------------------------------------------------------------------
 
@@ -346,26 +355,33 @@ class Tuner:
             event += "; stopped"
             advice = "Tune lr, or start from a smaller one." if stuck else "Start from a smaller lr."
             warnings.warn(f"Tuner: {self.reason}. {advice}", DivergenceWarning, stacklevel=4)
-        H = np.array(w.H) if w.H else np.full((1, self.inner.space.q), np.nan)
-        nothing = np.full(self.inner.space.q, np.nan)
-        self._record(H, Forecast(nothing, nothing, False, why, "none", math.nan, math.nan), self.phi - shrunk, value, event)
-        self.inner.restore(w.start)
-        self.inner.forget(0)
+        if self.done:
+            shrunk = self.phi  # nothing will run with it
+        self._record_event(event, why, value, self.phi - shrunk)
+        begin_again(self.inner, w.start)
         self._outer_state = self.outer.init(self.inner.space.q)
-        self._norms.clear()
+        self.norms.clear()
         self.phi = shrunk
         self._next()
+
+    def _record_event(self, event: str, why: str, value: float, move: Array) -> None:
+        """A window without an estimate."""
+        nothing = np.full(self.inner.space.q, np.nan)
+        H = np.array(self.progress.H) if self.progress.H else nothing[None]
+        self._record(H, Forecast(nothing, nothing, False, why, "none", math.nan, math.nan), move, value, event)
 
     def _doubt(self, h: Array) -> str:
         """The guard's doubt about a hypergradient, with how fast the tangents have been growing."""
         if self.guard is None:
             return ""
         now, size = self.used, self.inner.tangent_norm()
-        self._norms = [n for n in self._norms if now - n[0] <= self.guard.chaos_steps] + [(now, size)]
-        (then, before), growth = self._norms[0], math.nan
+        self.norms.append((now, size))
+        while len(self.norms) > 1 and now - self.norms[1][0] >= self.guard.chaos_steps:
+            self.norms.pop(0)  # the oldest one kept is the youngest that is old enough
+        (then, before), growth = self.norms[0], math.nan
         if now - then >= self.guard.chaos_steps and before > 0 and size > 0:
             growth = math.log(size / before) / (now - then)
-        recent = self.history.trajectory_since(now - self.guard.chaos_steps)
+        recent = self.history.recent(now - self.guard.chaos_steps)
         return self.guard.doubt(h, self._lr(), self.value0, growth, recent)
 
     def _record(self, H: Array, forecast: Forecast, move: Array, value: float, event: str) -> None:
@@ -392,19 +408,34 @@ class Tuner:
         )
 
     def _final_run(self, inner_batch: Callable[[int], Any], val_batch: Callable[[int], Any]) -> None:
-        """Train once, to the end and without tangents, with the hyperparameters found; keep the better of it and the
-        best full run before."""
-        self.inner.restore(self.initial)
-        for t in range(self.steps):
-            loss = self.inner.step(self.phi, inner_batch(t), tangents=False)
-            if not math.isfinite(loss):
-                break
-        self.used += self.steps
-        value = self.inner.hypergradient(val_batch(self.progress.number + 1)).value
-        if not math.isfinite(value):
-            self.reason = "finished, but the final run diverged: best full run before it, or the start"
-            warnings.warn(f"Tuner.fit: {self.reason}.", DivergenceWarning, stacklevel=3)
+        """Train once, to the end and without tangents, with the hyperparameters found; a run that diverges is recorded
+        and repeated with a smaller step, three times at most.  The best full run stands, whichever it was."""
+        self._trained = True
+        for _ in range(3):
+            value, why = self._train(inner_batch, val_batch(self.progress.number + 1))
+            if not why:
+                self._value = value
+                self._keep_best(value, self.steps)
+                return
+            shrunk = (self.guard or Guard()).shrunk(self.inner.space, self.phi)
+            self._record_event(f"final run rolled back: {why}", why, value, self.phi - shrunk)
             self.inner.restore(self.initial)
-        elif self._best is None or value <= self._best[0]:
-            self._value = value
-            self._best = (value, self.phi.copy(), self.inner.params)
+            if np.array_equal(shrunk, self.phi):
+                break
+            self.phi = shrunk
+        self.reason = "finished, but the final run diverged: the best run before it stands, if there is one"
+        warnings.warn(f"Tuner.fit: {self.reason}.", DivergenceWarning, stacklevel=3)
+
+    def _train(self, inner_batch: Callable[[int], Any], val_batch: Any) -> tuple[float, str]:
+        """A plain run from the start: its outer loss, and why it must go or an empty string."""
+        self.inner.restore(self.initial)
+        total, first, value = 0.0, math.nan, math.nan
+        for t in range(self.steps):
+            loss = self.inner.step(self.phi, inner_batch(self.used), tangents=False)
+            self.used += 1
+            total, first = total + loss, loss if t == 0 else first
+            if not math.isfinite(loss):
+                return value, f"inner loss is {loss}"
+        value = self.inner.hypergradient(val_batch).value
+        self.progress = Window(self.initial, self.progress.number, self.steps, self.steps, first, total, [])
+        return value, self._verdict(value, np.zeros(1))

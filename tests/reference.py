@@ -12,7 +12,7 @@ TINY = 1e-40  # of the complex step: far below rounding, so that its square vani
 
 def sgd(s, g, h, t, nesterov=False):
     d = g + h["weight_decay"] * s["theta"]
-    buffer = d if t == 1 else h["momentum"] * s["m"] + (1 - h["dampening"]) * d
+    buffer = d if t == 1 else h["momentum"] * s["m"] + (1 - h.get("dampening", 0.0)) * d
     step = d + h["momentum"] * buffer if nesterov else buffer
     return {"theta": s["theta"] - h["lr"] * step, "m": buffer}
 
@@ -74,27 +74,31 @@ def train(name, gradient, theta, hyper, batches, **flags):
     return state["theta"]
 
 
-def reverse(name, gradient, theta, values, batches, outer_gradient, **flags):
-    """{hyperparameter: dE/dvalue} by reverse accumulation over training, for constant scalar values."""
+def reverse(name, gradient, theta, hyper, phi, batches, outer_gradient, **flags):
+    """(q,) dE/dphi by reverse accumulation over training; `hyper(t, phi)` gives the natural values at step t (from 0)."""
     rule, slots = RULES[name]
     keys, p = ("theta", *slots), theta.size
-    names = tuple(values)
 
-    def step(x, h, t, batch):
+    def step(x, phi, t):
         s = {k: x[i * p : (i + 1) * p] for i, k in enumerate(keys)}
-        out = rule(s, gradient(s["theta"], h, batch), h, t, **flags)
+        h = hyper(t, phi)
+        out = rule(s, gradient(s["theta"], h, batches[t]), h, t + 1, **flags)
         return np.concatenate([out[k] for k in keys])
 
+    def columns(x, phi, t):
+        """Rows are columns of the step's Jacobian: with respect to the state, and to phi."""
+        along = lambda dx, dphi: step(x + 1j * TINY * dx, phi + 1j * TINY * dphi, t).imag / TINY
+        zero, nothing = np.zeros(x.size), np.zeros(phi.size)
+        return [along(e, nothing) for e in np.eye(x.size)], [along(zero, e) for e in np.eye(phi.size)]
+
     states = [np.concatenate([theta, np.zeros(p * len(slots))])]
-    for t, batch in enumerate(batches):
-        states.append(step(states[-1], values, t + 1, batch))
+    for t in range(len(batches)):
+        states.append(step(states[-1], phi, t))
     adjoint = np.zeros(p * len(keys))
     adjoint[:p] = outer_gradient(states[-1][:p])
-    total = dict.fromkeys(names, 0.0)
+    total = np.zeros(phi.size)
     for t in reversed(range(len(batches))):
-        x = states[t].astype(complex)
-        for n in names:
-            total[n] += adjoint @ (step(x, values | {n: values[n] + 1j * TINY}, t + 1, batches[t]).imag / TINY)
-        columns = [step(x + 1j * TINY * e, values, t + 1, batches[t]).imag / TINY for e in np.eye(x.size)]
-        adjoint = np.array(columns) @ adjoint  # row i is column i of the Jacobian: this is J^T adjoint
+        by_state, by_phi = columns(states[t], phi, t)
+        total += np.array(by_phi) @ adjoint
+        adjoint = np.array(by_state) @ adjoint
     return total

@@ -1,5 +1,7 @@
 """The outer loop: updates, guard, modes, resume, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import toys
@@ -132,6 +134,97 @@ def test_outer_optimizers_step_at_most_their_clip(make_outer):
     assert state.steps == 50
 
 
+class Spy:
+    """A strategy that notes what it is asked and believes the last value."""
+
+    def __init__(self, mode="online", snapshots=1, cut=0.5):
+        self.mode, self.snapshots, self.cut, self.asked = mode, snapshots, cut, []
+
+    def estimate(self, H, ahead):
+        self.asked.append((len(H), ahead))
+        return Local().estimate(H, 0)
+
+
+def test_a_strategy_is_told_how_far_the_end_is():
+    spy = Spy(snapshots=10)
+    make(spy, steps=110).fit(BATCHES, VAL)  # ten snapshots of two steps a window, and a last window of ten steps
+    assert spy.asked == [(10, 45), (10, 35), (10, 25), (10, 15), (10, 5), (10, 0)]
+    spy = Spy("restart", 10)
+    make(spy, runs=2).fit(BATCHES, VAL)
+    assert spy.asked == [(10, 10), (10, 10)]
+
+
+@pytest.mark.parametrize(("window", "snapshots"), [(41, 25), (64, 25), (20, 7)])
+def test_snapshots_are_evenly_spaced_up_to_the_windows_end(window, snapshots):
+    history = make(Spy(snapshots=snapshots), steps=window, window=window).fit(BATCHES, VAL).history
+    steps = history.trajectory_step
+    assert steps[-1] == window
+    assert len(set(np.diff(steps))) == 1
+
+
+def test_tangents_are_forgotten_by_rho_a_step():
+    tuner, twin = make(Local(), forget=0.9), make(Local())
+    for t in range(20):
+        tuner.step(BATCHES[t], VAL[0])
+        twin.inner.step(SPACE.phi0, BATCHES[t])
+    np.testing.assert_allclose(tuner.inner.tangents, 0.9**20 * twin.inner.tangents, rtol=1e-13)
+
+
+def test_outer_adam_is_adam():
+    rng, state, adam = np.random.default_rng(0), outer.adam().init(2), outer.adam(b1=0.3, b2=0.9, clip=1e9)
+    m, v = np.zeros(2), np.zeros(2)
+    for t in range(1, 8):
+        h = rng.normal(size=2)
+        m, v = 0.3 * m + 0.7 * h, 0.9 * v + 0.1 * h**2
+        step, state = adam.update(h, state, 0.2)
+        np.testing.assert_allclose(step, 0.2 * m / (1 - 0.3**t) / np.sqrt(v / (1 - 0.9**t)), rtol=1e-10)
+
+
+def test_a_short_last_window_takes_a_short_step():
+    history = make(Local(), steps=50, window=20).fit(BATCHES, VAL).history
+    assert np.abs(history.move[-1]).max() <= 2 * 0.005 * 10 + 1e-15
+    assert np.abs(history.move[0]).max() > 0.09
+
+
+def test_a_forecast_is_kept_within_its_clip(monkeypatch):
+    from koopman_hpo import koopman
+
+    real = koopman.extrapolate
+    far = lambda H, ahead, method: replace(real(H, 0, "last"), value=np.full(3, 1e9))
+    monkeypatch.setattr(koopman, "extrapolate", far)
+    history = make(Glocal(clip=2.0)).fit(BATCHES, VAL).history
+    top = np.abs(history.trajectory[:20]).max(axis=0)
+    np.testing.assert_allclose(history.estimate[0], 2 * top)
+
+
+def test_the_best_window_is_kept_beside_the_last():
+    result = make(Local(), steps=110).fit(BATCHES, VAL)
+    i = int(result.history.value.argmin())
+    assert result.best.value == result.history.value[i]
+    assert np.array_equal(result.best.phi, result.history.phi[i])
+    run = make().inner
+    run.restore(run.snapshot() | {"theta": result.best.params})
+    assert run.problem.outer(result.best.params, {"l2": np.exp(result.best.phi[2])}, VAL[0])[0] == pytest.approx(
+        result.best.value, rel=1e-12
+    )
+
+
+def test_restart_returns_the_best_full_run():
+    result = make(Global(), runs=6, space=Space(lr=log(0.05), l2=log(1e-3))).fit(BATCHES, VAL)
+    values = result.history.value
+    assert result.value <= values.min()
+    assert result.value == result.best.value
+    if result.value == values.min():
+        assert np.array_equal(result.phi, result.history.phi[values.argmin()])
+
+
+def test_random_directions_are_fresh_in_every_run():
+    space = Space(lr=log([0.01] * 5), l2=log(0.1))
+    tuner = make(Global(), space, {"directions": 2, "groups": (1,) * 5}, runs=6)
+    estimates = tuner.fit(BATCHES, VAL).history.estimate
+    assert np.linalg.matrix_rank(estimates) > 2  # one draw of two directions would span two dimensions for ever
+
+
 # -- when things go wrong ----------------------------------------------------------------------------------------------
 
 
@@ -194,13 +287,19 @@ def test_without_a_guard_only_what_is_not_finite_is_rolled_back():
 
 
 def test_a_hypergradient_that_promises_too_much_is_recorded_and_not_used():
-    # momentum SGD near the edge of stability: h grows far beyond the loss while the loss itself does not
     tuner = make(Local(), guard=Guard(excess=1e-9))
     result = tuner.fit(BATCHES, VAL)
     assert all(e.startswith("not used, excess") for e in result.history.event)
-    assert np.array_equal(result.phi, SPACE.phi0)
-    assert (result.history.move == 0).all()
+    assert np.array_equal(result.phi[1:], SPACE.phi0[1:])
+    np.testing.assert_allclose(result.history.move, [[np.log(3), 0, 0]] * 6)  # only the step size shrinks
     assert np.isfinite(result.history.estimate).all()
+
+
+def test_training_does_not_stay_at_the_edge_of_stability():
+    # gradient descent at lr 2 on a quadratic of curvature 1: |theta| stays, h grows without bound
+    result = blow_up(lr=1.999).fit([None], [None])
+    assert any("excess" in e for e in result.history.event)
+    assert result.value < 1e-6
 
 
 def test_chaos_needs_growth_and_flips():
@@ -236,8 +335,6 @@ def test_the_horizon_doubles_when_outer_gradients_oppose_each_other():
         mode, snapshots, cut, sign = "restart", 1, 0.1, 1.0
 
         def estimate(self, H, ahead):
-            from dataclasses import replace
-
             Flip.sign *= -1
             return replace(Local().estimate(H, 0), value=np.full(3, Flip.sign))
 
@@ -255,6 +352,101 @@ def test_random_directions_tune_too():
     result = tuner.fit(BATCHES, VAL)
     assert result.reason == "finished"
     assert not np.array_equal(directions[0], directions[1])
+
+
+class Push:
+    """A strategy for restarts that asks for a larger step size, come what may."""
+
+    mode, snapshots, cut = "restart", 1, 0.1
+
+    def __init__(self, pull):
+        self.pull = pull
+
+    def estimate(self, H, ahead):
+        return replace(Local().estimate(H, 0), value=np.array([-self.pull]))
+
+
+def test_a_final_run_that_diverges_is_repeated_with_a_smaller_step():
+    """Cut to ten steps, lr 1.9 is fine and the update to 2.6 is never tried: the final run finds out."""
+    tuner = blow_up(lr=1.9)
+    tuner = Tuner(tuner.inner, Push(1.0), steps=200, runs=1)
+    result = tuner.fit([None], [None])
+    assert result.history.event[-1].startswith("final run rolled back")
+    assert result.value < 1e-9
+    assert result.hyper["lr"] < 2
+    assert result.reason == "finished"
+
+
+def test_a_final_run_that_cannot_be_saved_leaves_the_best_run_before_it():
+    problem = toys.quadratic(np.eye(3), np.zeros(3), np.ones(3))
+    run = inner.sgd(problem, Space(momentum=logit(0.1)), lr=2.15)  # stable for lr < 2 (1 + momentum)
+    tuner = Tuner(run, Push(-1.0), steps=4000, runs=1, outer=outer.sgd(1.0))  # one step down, to momentum .04
+    with np.errstate(all="ignore"), pytest.warns(DivergenceWarning, match="final run diverged"):
+        result = tuner.fit([None], [None])
+    assert result.value == result.history.value[0] < 1.5
+    assert np.isfinite(result.params).all()
+    assert result.best.steps == 400
+    assert np.array_equal(result.phi, result.history.phi[0])
+
+
+def test_fitting_again_changes_nothing():
+    tuner = make(Global(), runs=2)
+    first = tuner.fit(BATCHES, VAL)
+    again = tuner.fit(BATCHES, VAL)
+    assert (first.steps, first.value) == (again.steps, again.value)
+
+
+def test_a_doubted_restart_begins_again_with_a_smaller_step():
+    result = make(Global(), guard=Guard(excess=1e-9), runs=3).fit(BATCHES, VAL)
+    assert all(e.startswith("not used, excess") for e in result.history.event)
+    np.testing.assert_allclose(result.history.phi[:, 0], np.log(0.01) - np.log(3) * np.arange(3))
+
+
+def test_a_doubted_restart_with_nothing_to_shrink_follows_the_sign():
+    space = Space(momentum=logit(0.9), l2=log(0.013))
+    history = make(Global(), space, {"lr": 0.01}, guard=Guard(excess=1e-9), runs=3).fit(BATCHES, VAL).history
+    assert (history.event == "").all()
+    assert (history.move != 0).all()
+
+
+def test_shrinking_moves_the_step_size_alone():
+    rng = np.random.default_rng(0)
+    space = Space(lr=log(0.1, bounds=(0.05, 1)), momentum=logit(0.7), l2=log(0.013))
+    for _ in range(50):
+        phi = space.phi0 + 0.1 * rng.normal(size=3)
+        shrunk = Guard().shrunk(space, phi)
+        assert np.array_equal(shrunk[1:], phi[1:])
+        assert np.exp(shrunk[0]) == pytest.approx(max(np.exp(phi[0]) / 3, 0.05))
+
+
+def test_the_outer_optimizer_forgets_after_a_rollback():
+    tuner = blow_up(lr=3.0, steps=20)
+    tuner._outer_state = tuner.outer.init(1)._replace(square=np.array([1e30]), steps=5)
+    for _ in range(10):
+        tuner.step(None, None)
+    assert tuner.history.event[0].startswith("rolled back")
+    assert tuner._outer_state.steps == 0
+    assert tuner._outer_state.square == 0
+
+
+@pytest.mark.parametrize("window", [20, 30, 40, 200])
+def test_chaos_is_seen_at_any_window(window):
+    """Tangents that double in a hundred steps and a hypergradient that flips, seen through the tuner."""
+    tuner = make(Spy(snapshots=20), steps=800, window=window)
+    tuner.inner.tangent_norm = lambda: 2.0 ** (tuner.used / 100)
+    tuner.inner.hypergradient = lambda batch, real=tuner.inner.hypergradient: real(batch)._replace(
+        grad=np.full(3, 1e-3 * (-1) ** tuner.used)
+    )
+    tuner.every = 1
+    events = tuner.fit(BATCHES, VAL).history.event
+    assert any(e.startswith("not used, chaos: tangents grow by 0.0069") for e in events)
+
+
+def test_a_loss_that_starts_at_zero_has_no_scale_to_stray_from():
+    assert Guard().stray("loss", 1e-9, 0.0) == ""
+    assert Guard().stray("loss", 1.6, 1.0) != ""
+    assert Guard().stray("loss", -0.4, -1.0) != ""
+    assert Guard().stray("loss", -0.6, -1.0) == ""
 
 
 # -- resume ------------------------------------------------------------------------------------------------------------
@@ -347,7 +539,7 @@ def versioned(path):
         (make().history.save, "holds a history"),
         (lambda p: checkpoint.save(p, make(steps=121)), "steps was 121"),
         (lambda p: checkpoint.save(p, make(Local())), "strategy"),
-        (lambda p: checkpoint.save(p, make(space=Space(lr=log(0.01)))), "labels"),
+        (lambda p: checkpoint.save(p, make(space=Space(lr=log(0.01)))), "space was"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_and_nothing_moves(tmp_path, spoil, says):
@@ -364,9 +556,29 @@ def test_a_file_that_does_not_fit_is_refused_and_nothing_moves(tmp_path, spoil, 
 def test_another_model_is_refused_and_nothing_moves(tmp_path):
     path = checkpoint.save(tmp_path / "x.npz", make())
     other = Tuner(inner.sgd(toys.logistic(np.ones(7)), SPACE), None, steps=120, window=20)
-    with pytest.raises(ShapeError, match="another model"):
+    with pytest.raises(CheckpointError, match=r"groups=\(5,\)"):
         checkpoint.load(path, other)
     assert other.used == 0
+
+
+def optimizer(make_inner, **fixed):
+    return Tuner(make_inner(toys.logistic(np.ones(5)), SPACE, **fixed), steps=120, window=20)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: optimizer(inner.sgd, nesterov=True),
+        lambda: optimizer(inner.sgd, dampening=0.5),
+        lambda: Tuner(optimizer(inner.sgd).inner, steps=120, window=20, outer=outer.adam(clip=9)),
+        lambda: make(space=Space(lr=logit(0.01), momentum=logit(0.8), l2=log(0.1))),
+        lambda: make(space=Space(lr=log(0.01, bounds=(1e-3, 1)), momentum=logit(0.8), l2=log(0.1))),
+    ],
+)
+def test_a_run_under_other_rules_is_refused(tmp_path, other):
+    path = checkpoint.save(tmp_path / "x.npz", optimizer(inner.sgd))
+    with pytest.raises(CheckpointError, match="when it was saved"):
+        checkpoint.load(path, other())
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Each inner optimizer's formulas, once, as scalars: the direction of the step and the tangent of everything it moves.
 
 A rule sees one parameter.  `c` holds the hyperparameters, `dc` their derivatives along one tangent direction, in the
-order given by the optimizer's row names in `koopman_hpo.inner`.  `*_direction` returns what the step needs and what
+order given by the optimizer's `rows` in `koopman_hpo.optimizers`.  `*_direction` returns what the step needs and what
 every tangent shares (so that no root or division is taken once a direction); `*_tangent` is then linear in the
 tangents.  Lazy `@njit` without signatures: CUDA kernels call the same functions.  Division follows NumPy (inf and NaN,
 no exception), without which no loop that divides is vectorised: Adam's kernel takes two thirds of the time.
@@ -86,7 +86,7 @@ def rmsprop_direction(theta, state, g, c, centered):
     v1 = alpha * v + keep * (d * d)
     a1 = alpha * a + keep * d
     w = v1 - a1 * a1 if centered else v1
-    r = math.sqrt(w) if w > 0 else w * 0  # rounding can take a variance of zero below zero
+    r = math.sqrt(w) if w > 0 else w - w  # rounding can take a variance of zero below zero
     inverse = one / (r + eps)
     u = d * inverse
     return d, v1, a1, mu * m + u, u, inverse, half_inverse(r, one)
@@ -138,7 +138,7 @@ def lion_direction(theta, m, g, c):
     """New momentum and the signed direction."""
     _, b1, a1, b2, a2, wd, one = c
     s = b1 * m + a1 * g
-    sign = one if s > 0 else (-one if s < 0 else s * 0)
+    sign = one if s > 0 else (-one if s < 0 else s - s)
     return b2 * m + a2 * g, sign + wd * theta
 
 

@@ -222,7 +222,7 @@ def test_random_directions_are_fresh_in_every_run():
     space = Space(lr=log([0.01] * 5), l2=log(0.1))
     tuner = make(Global(), space, {"directions": 2, "groups": (1,) * 5}, runs=6)
     estimates = tuner.fit(BATCHES, VAL).history.estimate
-    assert np.linalg.matrix_rank(estimates) > 2  # one draw of two directions would span two dimensions for ever
+    assert np.linalg.matrix_rank(estimates) == 6  # one draw of two directions would span two dimensions for ever
 
 
 # -- when things go wrong ----------------------------------------------------------------------------------------------

@@ -384,7 +384,10 @@ class Space(Mapping[str, Hyperparameter]):
         return {n: _scalar(grad[self._slices[n]].reshape(s.shape) / s) for n, s in slopes.items()}
 
     def at(self, phi: Array, t: int) -> Point:
-        """Values and seeds at inner step t: the schedule's knots weighed, the transform's slope in the seeds."""
+        """Values and seeds at inner step t: the schedule's knots weighed, the transform's slope in the seeds.
+
+        Step t is the one to be taken next, counting from 0: an outer loss measured after n steps sees the values of t = n.
+        """
         values: dict[str, Any] = {}
         seeds: dict[str, Array] = {}
         slopes = self.slopes(phi)

@@ -16,6 +16,8 @@ from .tuner import Tuner
 def save(path: str | os.PathLike[str], tuner: Tuner) -> Path:
     """Write everything that the run needs to go on: parameters, optimizer slots, tangents, trajectory, outer optimizer,
     history, random state.  `.npz` without pickle, written whole or not at all; returns the path."""
+    if not isinstance(tuner, Tuner):
+        raise CheckpointError(f"checkpoint.save: the second argument must be a Tuner, got {type(tuner).__name__}.")
     snapshot = tuner.snapshot()
     meta = json.dumps(snapshot.pop("meta"))
     return files.write(path, "checkpoint", {"meta": np.array(meta), **snapshot})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,7 +43,10 @@ def problem(call: str, model: Problem, space: Space) -> None:
 def groups(call: str, model: Problem, lengths: Iterable[int] | None) -> tuple[int, ...]:
     if lengths is None:
         return model.segments or (model.params.size,)
-    out = tuple(int(n) for n in lengths)
+    try:
+        out = tuple(operator.index(n) for n in lengths)
+    except TypeError:
+        raise ShapeError(f"{call}: groups must be whole lengths of segments, got {lengths!r}.") from None
     if sum(out) != model.params.size or min(out, default=0) < 1:
         raise ShapeError(
             f"{call}: groups must be positive lengths that sum to p = {model.params.size}, got {out} with sum {sum(out)}."
@@ -94,7 +98,10 @@ def fixed(call: str, rule: Rule, space: Space, given: Mapping[str, Any], n: int)
         value = default if value is None else value
         if value is None:
             raise HyperparameterError(f"{call}: {name} is neither in the space nor given. Pass {name}=... or tune it.")
-        array = np.asarray(value, np.float64)
+        try:
+            array = np.asarray(value, np.float64)
+        except (TypeError, ValueError):
+            raise HyperparameterError(f"{call}: {name} must be a number or one a group, got {value!r}.") from None
         if array.shape not in ((), (n,)):
             raise ShapeError(f"{call}: {name} must be a number or one for each of {n} groups, got shape {array.shape}.")
         domain = rule.domains[name]
@@ -141,6 +148,21 @@ def count(call: str, name: str, n: int | None) -> int | None:
     if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
         raise HyperparameterError(f"{call}: {name} must be a whole number of at least 1, got {n!r}.")
     return int(n)
+
+
+def seed(call: str, value: Any) -> int:
+    if not isinstance(value, int | np.integer) or value < 0:
+        raise HyperparameterError(f"{call}: seed must be a whole number of at least 0, got {value!r}.")
+    return int(value)
+
+
+def options(call: str, rule: Rule, given: Mapping[str, Any]) -> None:
+    """Keywords that no factory takes, with the nearest that this one does."""
+    known = ("groups", "directions", "chunk", "seed")
+    for name in given:
+        if name not in known:
+            names = sorted({*rule.defaults, *known})
+            raise HyperparameterError(f"{call}: unknown keyword {name!r}; it takes {names}." + nearest(name, names))
 
 
 def initial_accumulator(value: float) -> None:

@@ -73,7 +73,7 @@ class CoreInner:
         self._s = checks.count(call, "directions", directions)
         if self._s is not None and self._s > space.q:
             raise HyperparameterError(f"{call}: directions must be at most q = {space.q}, got {directions}.")
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(checks.seed(call, seed))
         self.phi = space.phi0.copy()
         self._kernel = getattr(for_device("cpu"), rule.kernel)
         cuts = tangent.blocks(self._groups)
@@ -245,7 +245,7 @@ class CoreInner:
     def _prepare(self, phi: ArrayLike) -> _Cache:
         """Values, seeds and kernel rows for the next step; what has not moved since the last call is kept."""
         if not (type(phi) is np.ndarray and phi.dtype == np.float64):
-            phi = np.asarray(phi, np.float64)
+            phi = self.space.check(phi, f"inner.{self.rule.name}.step")
         key, cache = (phi.tobytes(), self._t if self.space.scheduled else 0), self._cache
         if cache is None or cache.key != key:
             phi = self.space.check(phi, f"inner.{self.rule.name}.step")

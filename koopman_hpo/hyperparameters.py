@@ -351,7 +351,10 @@ class Space(Mapping[str, Hyperparameter]):
 
     def check(self, phi: ArrayLike, call: str) -> Array:
         """phi as (q,) float64, or an error that names the call."""
-        phi = np.asarray(phi, np.float64)
+        try:
+            phi = np.asarray(phi, np.float64)
+        except (TypeError, ValueError):
+            raise ShapeError(f"{call}: phi must be (q,) numbers, got {phi!r}. Start from space.phi0.") from None
         if phi.shape != (self.q,):
             raise ShapeError(
                 f"{call}: phi must have shape (q,) = ({self.q},) for {self.names}, got {phi.shape}. Start from space.phi0."

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import checks, optimizers
 from .engine import CoreInner
 from .hyperparameters import Space
+from .optimizers import Rule
 from .problem import Array, Hypergradient, Linearisation, Problem
 
 Value = ArrayLike | None
@@ -43,6 +44,11 @@ class Inner(Protocol):
     def linearise(self, batch: Any, val_batch: Any = None) -> Linearisation: ...
 
 
+def _make(problem: Problem, space: Space, rule: Rule, fixed: Mapping[str, Value], options: Mapping[str, Any]) -> CoreInner:
+    checks.options(f"inner.{rule.name}", rule, options)
+    return CoreInner(problem, space, rule, fixed, **options)
+
+
 def sgd(
     problem: Problem,
     space: Space,
@@ -66,7 +72,7 @@ def sgd(
       HyperparameterError: an unknown name, a value outside its domain, one both tuned and fixed.
     """
     fixed = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-    return CoreInner(problem, space, optimizers.sgd(nesterov), fixed, **options)
+    return _make(problem, space, optimizers.sgd(nesterov), fixed, options)
 
 
 def adam(
@@ -82,7 +88,7 @@ def adam(
 ) -> CoreInner:
     """Adam with L2 weight decay, as torch.optim.Adam; defaults 1e-3, 0.9, 0.999, 1e-8, 0; otherwise as `sgd`."""
     fixed = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    return CoreInner(problem, space, optimizers.adam(decoupled=False), fixed, **options)
+    return _make(problem, space, optimizers.adam(decoupled=False), fixed, options)
 
 
 def adamw(
@@ -98,7 +104,7 @@ def adamw(
 ) -> CoreInner:
     """Adam with decoupled weight decay, as torch.optim.AdamW; weight_decay 1e-2 by default; otherwise as `adam`."""
     fixed = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    return CoreInner(problem, space, optimizers.adam(decoupled=True), fixed, **options)
+    return _make(problem, space, optimizers.adam(decoupled=True), fixed, options)
 
 
 def rmsprop(
@@ -118,7 +124,7 @@ def rmsprop(
     `centered`: a variance that rounding takes below zero counts as zero (torch gives NaN there).
     """
     fixed = {"lr": lr, "alpha": alpha, "momentum": momentum, "eps": eps, "weight_decay": weight_decay}
-    return CoreInner(problem, space, optimizers.rmsprop(centered), fixed, **options)
+    return _make(problem, space, optimizers.rmsprop(centered), fixed, options)
 
 
 def adagrad(
@@ -135,7 +141,7 @@ def adagrad(
     """Adagrad, as torch.optim.Adagrad; defaults 1e-2, 0, 1e-10, 0; otherwise as `sgd`."""
     checks.initial_accumulator(initial_accumulator)
     fixed = {"lr": lr, "lr_decay": lr_decay, "eps": eps, "weight_decay": weight_decay}
-    return CoreInner(problem, space, optimizers.adagrad(float(initial_accumulator)), fixed, **options)
+    return _make(problem, space, optimizers.adagrad(float(initial_accumulator)), fixed, options)
 
 
 def lion(
@@ -154,4 +160,4 @@ def lion(
     exactly zero, and those of lr and weight_decay are exact but for the steps at which a sign flips.
     """
     fixed = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay}
-    return CoreInner(problem, space, optimizers.lion(), fixed, **options)
+    return _make(problem, space, optimizers.lion(), fixed, options)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ShapeError
+from .errors import AdapterError, ShapeError
 
 Array = NDArray[Any]
 Hyper = Mapping[str, Any]
@@ -86,6 +86,9 @@ class Problem:
                 f"Problem: segments must be positive lengths that sum to p = {params.size}, got {segments} "
                 f"with sum {sum(segments)}."
             )
+        for name in ("grad_jvp", "outer"):
+            if not callable(getattr(self, name)):
+                raise AdapterError(f"Problem: {name} must be a function, got {getattr(self, name)!r}.")
         object.__setattr__(self, "params", params)
         object.__setattr__(self, "segments", segments)
         if self.hyper is not None:

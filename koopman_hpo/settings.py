@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import CheckpointError, HyperparameterError
+from .guard import Guard
+from .hyperparameters import Space
 from .inner import Inner
+from .outer import Outer
 
 if TYPE_CHECKING:
     from .tuner import Tuner
@@ -47,8 +50,20 @@ def check(tuner: Tuner) -> None:
     longest = tuner.window if tuner.mode == "online" else tuner.steps
     if tuner.every is not None and tuner.every > longest:
         raise HyperparameterError(f"Tuner: every={tuner.every} records nothing in a window of {longest} steps.")
-    if not 0 <= tuner.forget <= 1:
+    if not isinstance(tuner.forget, int | float | np.number) or not 0 <= tuner.forget <= 1:
         raise HyperparameterError(f"Tuner: forget must lie in [0, 1], got {tuner.forget!r}.")
+
+
+def parts(outer: Any, guard: Any, callbacks: Any, space: Space) -> None:
+    """What a tuner is put together from."""
+    if not isinstance(outer, Outer):
+        raise HyperparameterError(f"Tuner: outer must be outer.adam(), outer.sgd() or outer.sign(), got {outer!r}.")
+    if not (guard is None or isinstance(guard, Guard)):
+        raise HyperparameterError(f"Tuner: guard must be Guard(...) or None, got {guard!r}.")
+    if not isinstance(callbacks, Iterable) or not all(callable(c) for c in callbacks):
+        raise HyperparameterError(f"Tuner: callbacks must be a list of functions of the tuner, got {callbacks!r}.")
+    for name in guard.shrink_names if guard is not None and guard.shrink_names != Guard().shrink_names else ():
+        space.where(name)
 
 
 def of(tuner: Tuner) -> dict[str, Any]:

@@ -106,13 +106,15 @@ class Tuner:
         callbacks: Sequence[Callable[[Tuner], None]] = (),
     ):
         self.inner, self.strategy, self.guard = inner, strategy or Glocal(), guard
-        self.outer, self.callbacks = outer or outer_optimizers.adam(), tuple(callbacks)
+        self.outer = outer or outer_optimizers.adam()
         settings.strategy(self.strategy)
         self.mode = mode or self.strategy.mode
         self.steps, self.window, self.runs, self.forget, self.every = steps, window, runs, forget, every
         settings.check(self)
         self._mode = MODES[self.mode]
         space = inner.space
+        settings.parts(self.outer, guard, callbacks, space)
+        self.callbacks = tuple(callbacks)
         self.phi = space.clip(space.check(space.phi0 if phi is None else phi, "Tuner"))
         self.history = History(space.labels, space.transforms)
         self.used, self.reason, self.cut = 0, "", self.strategy.cut

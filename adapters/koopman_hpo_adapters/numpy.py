@@ -118,7 +118,7 @@ def mlp(
       AdapterError: an unknown activation or loss, wrong sizes, or params of another length.
     """
     terms = _terms(l2, label_smoothing, class_weights, example_weights)
-    return _ready("mlp", tuple(sizes), activation, loss, True, seed, dtype, terms, params)
+    return _ready("mlp", sizes, activation, loss, True, seed, dtype, terms, params)
 
 
 def _terms(l2, label_smoothing, class_weights, example_weights) -> dict[str, Any]:
@@ -170,8 +170,9 @@ def _check_terms(call, terms) -> None:
 
 
 def _check_sizes(call, sizes) -> tuple[int, ...]:
-    whole = all(isinstance(s, int | np.integer) and s >= 1 for s in sizes)
-    if len(sizes) < 2 or not whole:
+    sized = isinstance(sizes, Sequence | np.ndarray) and not isinstance(sizes, str)
+    whole = sized and all(isinstance(s, int | np.integer) and s >= 1 for s in sizes)
+    if not sized or len(sizes) < 2 or not whole:
         raise AdapterError(f"{call}: sizes must be two or more positive widths, such as (64, 128, 10), got {sizes}.")
     return tuple(int(s) for s in sizes)
 

@@ -172,20 +172,20 @@ class Tuner:
             raise RuntimeError(f"Tuner.step: tuning has ended ({self.reason}); look at tuner.result.")
         if math.isnan(self.value0):
             self.value0 = self._start_value(val_batch)
-        loss = self.inner.step(self.phi, batch)
-        self.used += 1
-        w = self.progress
+        loss, w = self.inner.step(self.phi, batch), self.progress
         first = loss if w.done == 0 else w.first
-        w = self.progress = w._replace(done=w.done + 1, first=first, loss=w.loss + loss)
-        if not math.isfinite(loss):
-            self._roll_back(f"inner loss is {loss}")
-        elif (w.length - w.done) % self._spacing(w.length) == 0:  # counted from the end: evenly spaced up to it
-            found = self.inner.hypergradient(val_batch)
+        w = w._replace(done=w.done + 1, first=first, loss=w.loss + loss)
+        due = (w.length - w.done) % self._spacing(w.length) == 0  # counted from the end: evenly spaced up to it
+        found = self.inner.hypergradient(val_batch) if due and math.isfinite(loss) else None
+        self.used, self.progress = self.used + 1, w  # not before: a batch that was refused leaves the count as it was
+        if found is not None:
             w.H.append(found.grad)
             if np.isfinite(found.grad).all():
                 self.history.observe(self.used, found.grad)
             if w.done == w.length:
                 self._close(found.value)
+        elif not math.isfinite(loss):
+            self._roll_back(f"inner loss is {loss}")
         return loss
 
     def fit(self, batches: Any, val_batches: Any) -> Result:
@@ -199,10 +199,8 @@ class Tuner:
         Returns:
           `Result`; in mode `restart` its parameters come from a full run with the hyperparameters found.
         """
-        inner_batch, val_batch = (
-            source("Tuner.fit", "batches", batches),
-            source("Tuner.fit", "val_batches", val_batches),
-        )
+        inner_batch = source("Tuner.fit", "batches", batches)
+        val_batch = source("Tuner.fit", "val_batches", val_batches)
         window, val = -1, None
         while not self.done:
             if window != self.progress.number:  # one outer batch a window: its trajectory is of one function
@@ -261,13 +259,8 @@ class Tuner:
             best = Best(best[0], snapshot["best/phi"], snapshot["best/params"], best[1])
         used, reason, cut, value0, value, rollbacks, norms = meta["scalars"]
         self.inner.restore(part("inner/"))  # refuses what does not fit; nothing else has moved yet
-        self.history, self.phi, self.progress, self._outer_state, self._best = (
-            history,
-            phi,
-            window,
-            outer_state,
-            best,
-        )
+        self.history, self.phi, self.progress = history, phi, window
+        self._outer_state, self._best = outer_state, best
         self.used, self.reason, self.cut, self.value0, self._value = used, reason, cut, value0, value
         self._trained = meta["trained"]
         self._rollbacks, self.norms = rollbacks, [(int(n), float(size)) for n, size in norms]
@@ -292,7 +285,7 @@ class Tuner:
     def _close(self, value: float) -> None:
         w = self.progress
         H = np.array(w.H)
-        verdict = self._verdict(value, H[-1])
+        verdict = self._verdict(value, H)
         if verdict:
             self._roll_back(verdict, value)
             return
@@ -316,11 +309,11 @@ class Tuner:
         self._mode.advance(self, forecast.value, reset=bool(doubt))
         self._next()
 
-    def _verdict(self, value: float, h: Array) -> str:
-        """Why the window must go, or an empty string."""
+    def _verdict(self, value: float, H: Array) -> str:
+        """Why the window must go, or an empty string; H (m, q) is its trajectory."""
         if not math.isfinite(value):
             return f"validation loss is {value}"
-        if not np.isfinite(h).all():
+        if not np.isfinite(H).all():
             return "hypergradient is not finite"
         return self._mode.verdict(self, value) if self.guard is not None else ""
 

@@ -273,6 +273,26 @@ def test_divergence_that_nothing_can_stop_ends_tuning_with_the_last_good_paramet
     assert result.history.event[-1].endswith("stopped")
 
 
+def test_a_refused_validation_batch_leaves_the_window_open():
+    tuner = make(Local())
+    for t in range(19):
+        tuner.step(BATCHES[t], VAL[0])
+    with pytest.raises(TypeError, match="unpack"):
+        tuner.step(BATCHES[19], None)
+    assert (tuner.used, tuner.progress.done, len(tuner.history)) == (19, 19, 0)
+    tuner.step(BATCHES[19], VAL[0])
+    assert len(tuner.history) == 1
+
+
+def test_a_hypergradient_that_was_not_finite_for_a_moment_is_rolled_back():
+    tuner = make(Glocal())
+    real = tuner.inner.hypergradient
+    tuner.inner.hypergradient = lambda b: real(b)._replace(grad=np.full(3, np.inf if tuner.used == 4 else 1e-3))
+    for t in range(20):
+        tuner.step(BATCHES[t], VAL[0])
+    assert tuner.history.event[0] == "rolled back: hypergradient is not finite"
+
+
 def test_patience_is_limited():
     tuner = blow_up(lr=1e9, guard=Guard(patience=4))
     with np.errstate(all="ignore"), pytest.warns(DivergenceWarning, match="smaller lr"):

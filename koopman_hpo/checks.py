@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from . import optimizers
 from .errors import AdapterError, HyperparameterError, ShapeError, nearest
-from .hyperparameters import IDENTITY, Space
+from .hyperparameters import Space
 from .optimizers import Rule
 from .problem import Array, Problem
+from .transforms import IDENTITY
 
 _KNOWN = frozenset(
     name

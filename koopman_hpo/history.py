@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from . import files
 from .errors import CheckpointError
-from .hyperparameters import transform
+from .transforms import transform
 
 Array = NDArray[Any]
 

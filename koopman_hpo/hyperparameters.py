@@ -8,64 +8,18 @@ phi (q,).  The chain rule through transforms, groups and schedules lives in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
-from scipy.special import logit as _logit
 
 from .errors import HyperparameterError, ShapeError, nearest
+from .transforms import EDGES, IDENTITY, LOG, LOGISTIC_EDGES, LOGIT, Transform, box_transform
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Transform:
-    """A smooth increasing map from phi (the real line) to natural values (an open interval)."""
-
-    name: str
-    low: float
-    high: float
-    to_phi: Callable[[Any], Any] = field(repr=False)
-    to_natural: Callable[[Any], Any] = field(repr=False)
-    slope: Callable[[Any], Any] = field(repr=False)  # d natural / d phi as a function of the natural value
-
-
-LOG = Transform("log", 0.0, math.inf, np.log, np.exp, lambda x: x)
-LOGIT = Transform("logit", 0.0, 1.0, _logit, expit, lambda x: x * (1 - x))
-IDENTITY = Transform("identity", -math.inf, math.inf, lambda x: x, lambda u: u, np.ones_like)
-
-
-def _box(low: float, high: float) -> Transform:
-    width = high - low
-    return Transform(
-        f"box({low!r}, {high!r})",
-        low,
-        high,
-        lambda x: _logit((x - low) / width),
-        lambda u: low + width * expit(u),
-        lambda x: (x - low) * (high - x) / width,
-    )
-
-
-def transform(name: str) -> Transform:
-    """The transform of that name, as `Transform.name` gives it: "log", "logit", "identity", "box(low, high)".
-
-    Raises:
-      HyperparameterError: there is none.
-    """
-    simple = {t.name: t for t in (LOG, LOGIT, IDENTITY)}
-    if name in simple:
-        return simple[name]
-    try:
-        low, high = (float(x) for x in name.removeprefix("box(").removesuffix(")").split(","))
-    except ValueError:
-        raise HyperparameterError(f"transform: no transform {name!r}." + nearest(name, simple)) from None
-    return _box(low, high)
 
 
 @dataclass(frozen=True)
@@ -245,7 +199,7 @@ def box(
     """A hyperparameter that lives strictly between low and high, tuned through a scaled logistic; as `log`."""
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise HyperparameterError(f"box: needs finite low < high, got low={low}, high={high}.")
-    return _make(value, _box(float(low), float(high)), (low, high), (low, high), knots, schedule)
+    return _make(value, box_transform(float(low), float(high)), (low, high), (low, high), knots, schedule)
 
 
 class Point(NamedTuple):
@@ -310,7 +264,7 @@ class Space(Mapping[str, Hyperparameter]):
         with np.errstate(divide="ignore"):
             for name, h in self._entries.items():
                 edge = h.transform.to_phi(np.float64(h.bounds[side]))
-                out[self._slices[name]] = edge if h.transform is IDENTITY else np.clip(edge, *_EDGE[h.transform is LOG])
+                out[self._slices[name]] = np.clip(edge, *EDGES.get(h.transform.name, LOGISTIC_EDGES))
         return out
 
     def where(self, name: str) -> slice:
@@ -407,9 +361,6 @@ class Space(Mapping[str, Hyperparameter]):
             values[name] = value if h.groups else float(value[0])
             seeds[name] = seed if h.groups else seed[:, 0]
         return Point(values, seeds)
-
-
-_EDGE = {True: (-690.0, 690.0), False: (-30.0, 30.0)}  # of log: exp stays finite; of a logistic: 1 - x is above 1e-13
 
 
 def _labels(name: str, h: Hyperparameter) -> list[str]:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koopman_hpo import HyperparameterError, ShapeError, Space, box, identity, log, logit
-from koopman_hpo.hyperparameters import transform
+from koopman_hpo.transforms import transform
 
 finite = {"allow_nan": False, "allow_infinity": False}
 

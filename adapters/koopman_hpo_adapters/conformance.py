@@ -1,0 +1,519 @@
+"""A suite that any adapter subclasses: the same toy models, the same numbers in every framework.
+
+    class TestMine(Conformance):                      # collected by pytest; unittest.TestCase may be mixed in
+        def problem(self, model, dtype):
+            train, val = model.losses(my_numpy)       # a namespace with exp, log, tanh, sum, mean, logaddexp
+            return my_adapter.problem(train, val, model.params(dtype))
+
+Every optimizer with every hyperparameter is compared with the core's run of a hand-written NumPy model.  An adapter that is
+a whole `Inner` overrides `inner` instead.  Letters: p parameters, q hyperparameters, T steps.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from koopman_hpo import inner as core
+from koopman_hpo import log, logit
+from koopman_hpo.checkpoint import load, save
+from koopman_hpo.errors import AdapterError, HyperparameterError, ShapeError
+from koopman_hpo.exact import check_hypergradient, hypergradient
+from koopman_hpo.hyperparameters import Hyperparameter, Space
+from koopman_hpo.inner import Inner
+from koopman_hpo.problem import Array, Problem
+from koopman_hpo.strategies import Glocal
+from koopman_hpo.tuner import Tuner
+
+from .numpy import mlp
+
+__all__ = ["MODELS", "OPTIMIZERS", "Conformance", "Model", "Optimizer", "digits"]
+
+STEPS = 12
+DOUBLE, SINGLE = np.dtype(np.float64), np.dtype(np.float32)
+
+
+# -- optimizers --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One inner optimizer with all of its hyperparameters tuned.
+
+    Attributes:
+      name: of the case.  factory: its name in `koopman_hpo.inner`.  flags: keywords of the factory.
+      tuned: {name: Hyperparameter}.
+    """
+
+    name: str
+    factory: str
+    flags: dict[str, bool]
+    tuned: dict[str, Hyperparameter]
+
+    def run(self, problem: Problem, space: Space) -> Inner:
+        """The core's run of a problem."""
+        return getattr(core, self.factory)(problem, space, **self.flags)
+
+
+_LR, _WD = log(0.05), log(0.02)
+_BETAS = {"beta1": logit(0.8), "beta2": logit(0.95), "eps": log(1e-3)}
+_RMS = {"lr": _LR, "alpha": logit(0.9), "momentum": logit(0.5), "weight_decay": _WD}
+OPTIMIZERS = {
+    case.name: case
+    for case in (
+        Optimizer("sgd", "sgd", {}, {"lr": _LR, "momentum": logit(0.8), "dampening": logit(0.3), "weight_decay": _WD}),
+        Optimizer("nesterov", "sgd", {"nesterov": True}, {"lr": _LR, "momentum": logit(0.8), "weight_decay": _WD}),
+        Optimizer("adam", "adam", {}, {"lr": _LR, "weight_decay": _WD, **_BETAS}),
+        Optimizer("adamw", "adamw", {}, {"lr": _LR, "weight_decay": _WD, **_BETAS}),
+        Optimizer("rmsprop", "rmsprop", {}, {**_RMS, "eps": log(1e-2)}),
+        Optimizer("centered", "rmsprop", {"centered": True}, {**_RMS, "eps": log(1e-1)}),
+        Optimizer("adagrad", "adagrad", {}, {"lr": _LR, "lr_decay": log(0.1), "eps": log(1e-2), "weight_decay": _WD}),
+        Optimizer("lion", "lion", {}, {"lr": log(1e-3), "beta1": logit(0.8), "beta2": logit(0.9), "weight_decay": _WD}),
+    )
+}
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """One toy model, its losses written for any array namespace.
+
+    Attributes:
+      name: of the model.
+      reference: the same model by hand in NumPy, float64.
+      train_loss, val_loss: `(xp, theta (p,), hyper, batch) -> scalar`.
+      tuned: {name: Hyperparameter} of the loss.
+      data: batches, one an inner step, each a tuple of float64 arrays.  val_data: the outer batch.
+    """
+
+    name: str
+    reference: Problem
+    train_loss: Callable[..., Any]
+    val_loss: Callable[..., Any]
+    tuned: dict[str, Hyperparameter]
+    data: Sequence[tuple[Array, ...]]
+    val_data: tuple[Array, ...]
+
+    def params(self, dtype: Any = DOUBLE) -> Array:
+        """(p,) initial parameters."""
+        return self.reference.params.astype(dtype)
+
+    def batches(self, dtype: Any = DOUBLE) -> list[tuple[Array, ...]]:
+        return [_cast(batch, dtype) for batch in self.data]
+
+    def val_batch(self, dtype: Any = DOUBLE) -> tuple[Array, ...]:
+        return _cast(self.val_data, dtype)
+
+    def losses(self, xp: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The two losses `(theta, hyper, batch) -> scalar` in the namespace xp."""
+        train = lambda theta, hyper, batch: self.train_loss(xp, theta, hyper, batch)
+        return train, lambda theta, hyper, batch: self.val_loss(xp, theta, hyper, batch)
+
+    def space(self, optimizer: Optimizer) -> Space:
+        """Every hyperparameter of the optimizer and of the loss."""
+        return Space(**optimizer.tuned, **self.tuned)
+
+
+def _cast(batch: tuple[Array, ...], dtype: Any) -> tuple[Array, ...]:
+    return tuple(a.astype(dtype) for a in batch)
+
+
+def _quadratic() -> Model:
+    """Inner `1/2 t'At - b't`, outer `1/2 |t - 1|^2`; a batch is (A (p, p), b (p,)).  No loss hyperparameters."""
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    A = (Q * np.linspace(0.5, 2.0, 4)) @ Q.T
+
+    def train(xp, theta, hyper, batch):
+        A, b = batch
+        return 0.5 * (theta @ (A @ theta)) - b @ theta
+
+    def val(xp, theta, hyper, batch):
+        return 0.5 * xp.sum((theta - 1.0) ** 2)
+
+    def grad_jvp(theta, hyper, Z, dhyper, batch):
+        A, b = batch
+        return train(np, theta, hyper, batch), A @ theta - b, Z @ A
+
+    def outer(theta, hyper, batch):
+        return val(np, theta, hyper, batch), theta - 1.0, {}
+
+    data = [(A, rng.normal(size=4)) for _ in range(STEPS)]
+    reference = Problem(rng.normal(size=4), grad_jvp, outer, hyper=frozenset())
+    return Model("quadratic", reference, train, val, {}, data, (A, np.zeros(4)))
+
+
+def _logistic() -> Model:
+    """Inner `mean softplus(-y x't) + l2/2 |t|^2`; the outer loss depends on l2 directly too, by `.1 l2 sum(t)`."""
+
+    def train(xp, theta, hyper, batch):
+        return fit(xp, theta, batch) + 0.5 * hyper["l2"] * xp.sum(theta**2)
+
+    def val(xp, theta, hyper, batch):
+        return fit(xp, theta, batch) + 0.1 * hyper["l2"] * xp.sum(theta)
+
+    def fit(xp, theta, batch):
+        X, y = batch
+        return xp.mean(xp.log(1.0 + xp.exp(-y * (X @ theta))))
+
+    def grad_jvp(theta, hyper, Z, dhyper, batch):
+        X, y = batch
+        s, l2 = 1 / (1 + np.exp(y * (X @ theta))), hyper["l2"]
+        dG = ((Z @ X.T) * (s * (1 - s))) @ X / len(y) + l2 * Z + np.outer(dhyper["l2"], theta)
+        return train(np, theta, hyper, batch), -X.T @ (s * y) / len(y) + l2 * theta, dG
+
+    def outer(theta, hyper, batch):
+        X, y = batch
+        s = 1 / (1 + np.exp(y * (X @ theta)))
+        dE = -X.T @ (s * y) / len(y) + 0.1 * hyper["l2"]
+        return val(np, theta, hyper, batch), dE, {"l2": 0.1 * theta.sum()}
+
+    rng = np.random.default_rng(1)
+    draw = lambda: (rng.normal(size=(12, 5)), np.where(rng.random(12) < 0.5, -1.0, 1.0))
+    reference = Problem(rng.normal(size=5), grad_jvp, outer, hyper=frozenset({"l2"}))
+    return Model("logistic", reference, train, val, {"l2": log(0.1)}, [draw() for _ in range(STEPS)], draw())
+
+
+def _network(sizes: tuple[int, ...], rich: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Losses of a tanh network with cross-entropy, a batch being (X (n, f), one-hot Y (n, c)); rich: l2 by layer, label
+    smoothing and class weights, otherwise one l2."""
+    cuts = list(pairwise(sizes))
+
+    def layers(theta: Any) -> Iterator[tuple[Any, Any, Any]]:
+        at = 0
+        for f, c in cuts:
+            end = at + f * c
+            yield theta[at : end + c], theta[at:end].reshape(f, c), theta[end : end + c]
+            at = end + c
+
+    def losses(xp, theta, X, Y):
+        A = X
+        for i, (_, W, b) in enumerate(layers(theta)):
+            A = (A if i == 0 else xp.tanh(A)) @ W + b
+        return xp.log(xp.sum(xp.exp(A), 1)) - xp.sum(Y * A, 1)
+
+    def train(xp, theta, hyper, batch):
+        X, Y = batch
+        if not rich:
+            return xp.mean(losses(xp, theta, X, Y)) + 0.5 * hyper["l2"] * xp.sum(theta**2)
+        s, weights = hyper["label_smoothing"], Y @ hyper["class_weights"]
+        penalty = sum(hyper["l2"][i] * xp.sum(part**2) for i, (part, _, _) in enumerate(layers(theta)))
+        return xp.mean(weights * losses(xp, theta, X, (1.0 - s) * Y + s / sizes[-1])) + 0.5 * penalty
+
+    return train, lambda xp, theta, hyper, batch: xp.mean(losses(xp, theta, *batch))
+
+
+def _by_label(problem: Problem) -> Problem:
+    """The ready model, its labels given as one-hot rows."""
+    label = lambda batch: (batch[0], batch[1].argmax(axis=1))
+    return replace(
+        problem,
+        grad_jvp=lambda theta, hyper, Z, dhyper, b: problem.grad_jvp(theta, hyper, Z, dhyper, label(b)),
+        outer=lambda theta, hyper, b: problem.outer(theta, hyper, label(b)),
+        outer_hvp=None,
+    )
+
+
+def _mlp() -> Model:
+    sizes, rng = (6, 5, 3), np.random.default_rng(2)
+    draw = lambda: (rng.normal(size=(10, 6)), np.eye(3)[rng.integers(3, size=10)])
+    tuned = {"l2": log([1e-2, 3e-2]), "label_smoothing": logit(0.1), "class_weights": log([0.5, 1.0, 1.5])}
+    return Model("mlp", _by_label(mlp(sizes)), *_network(sizes, True), tuned, [draw() for _ in range(STEPS)], draw())
+
+
+MODELS = {model.name: model for model in (_quadratic(), _logistic(), _mlp())}
+
+
+@cache
+def digits(steps: int = 200) -> Model:
+    """A 64-128-10 network on scikit-learn's digits, p = 9,610, with one l2; batches of 128.  Some pixels are always zero:
+    their weights never have a gradient."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("conformance.digits needs scikit-learn: pip install 'koopman-hpo[test]'.") from error
+    X, y = load_digits(return_X_y=True)
+    X, Y, rng, sizes = X / 16, np.eye(10)[y], np.random.default_rng(3), (64, 128, 10)
+    chosen = [rng.choice(1200, 128, replace=False) for _ in range(steps)]
+    data, val = [(X[i], Y[i]) for i in chosen], (X[1200:1500], Y[1200:1500])
+    return Model("digits", _by_label(mlp(sizes)), *_network(sizes, False), {"l2": log(1e-3)}, data, val)
+
+
+_ON_DIGITS = (
+    Optimizer("sgd", "sgd", {}, {"lr": log(0.1), "momentum": logit(0.9)}),
+    Optimizer("adam", "adam", {}, {"lr": log(1e-3), "beta2": logit(0.99)}),
+)
+
+
+# -- the suite ---------------------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """What a run left."""
+
+    losses: Array  # (T,)
+    params: Array  # (p,)
+    h: Array  # (q,)
+
+
+def _train(run: Inner, model: Model, dtype: Any, space: Space) -> Run:
+    losses = [run.step(space.phi0, batch) for batch in model.batches(dtype)]
+    return Run(np.array(losses), run.params, run.hypergradient(model.val_batch(dtype)).grad)
+
+
+@cache
+def _reference(model: str, optimizer: str) -> Run:
+    toy, case = MODELS[model], OPTIMIZERS[optimizer]
+    space = toy.space(case)
+    return _train(case.run(toy.reference, space), toy, DOUBLE, space)
+
+
+def _agree(got: Run, want: Run, rtol: float) -> None:
+    """Each coordinate to rtol; what is (nearly) zero, to rtol of the largest."""
+    for name, a, b in zip(Run._fields, got, want, strict=True):
+        tiny = rtol * (1e-2 if rtol < 1e-6 else 1.0) * float(np.abs(b).max(initial=0))
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=tiny, err_msg=name)
+
+
+def _same(one: dict[str, Array], two: dict[str, Array]) -> bool:
+    return one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
+
+
+def _raises(kind: type[Exception], function: Callable[[], Any]) -> None:
+    try:
+        function()
+    except kind:
+        return
+    raise AssertionError(f"{kind.__name__} was not raised")
+
+
+class Conformance:
+    """Subclass it, give it `problem` or `inner`, and let pytest or unittest collect the subclass.
+
+    Attributes:
+      models: names of the toy models that every optimizer is run on.
+      single: whether the adapter does float32.
+      on_digits: whether to run the digits network too (p = 9,610, 200 steps; needs scikit-learn).
+    """
+
+    models: tuple[str, ...] = tuple(MODELS)
+    single = True
+    on_digits = True
+
+    def problem(self, model: Model, dtype: np.dtype) -> Problem:
+        """The model in your framework."""
+        raise NotImplementedError(f"{type(self).__name__} must define problem(model, dtype) or inner(...)")
+
+    def inner(self, model: Model, optimizer: Optimizer, space: Space, dtype: np.dtype) -> Inner | None:
+        """A fresh run of the model under the optimizer, tuning the space; None: your framework has no such optimizer.
+
+        Here: the core's optimizer on `problem`, which is made once a model and dtype.
+        """
+        made = type(self).__dict__.get("_made")
+        if made is None:
+            made = {}
+            type(self)._made = made  # type: ignore[attr-defined]
+        key = (model.name, dtype)
+        if key not in made:
+            made[key] = self.problem(model, dtype)
+        return optimizer.run(made[key], space)
+
+    def _run(self, model: str = "logistic", optimizer: str = "sgd") -> tuple[Inner, Model, Space]:
+        """A run for the tests that need just one."""
+        toy = MODELS[model]
+        names = [optimizer, *(n for n in OPTIMIZERS if n != optimizer)]
+        for name in names:
+            space = toy.space(OPTIMIZERS[name])
+            run = self.inner(toy, OPTIMIZERS[name], space, DOUBLE)
+            if run is not None:
+                return run, toy, space
+        raise AssertionError("inner(...) gave no run for any optimizer")
+
+    def _compare(self, cases: list[tuple[str, str]], dtype: np.dtype, rtol: float) -> None:
+        """Every (model, optimizer) against the core; all failures are told together."""
+        failures, seen = [], 0
+        for model, optimizer in cases:
+            toy, case = MODELS[model], OPTIMIZERS[optimizer]
+            run = self.inner(toy, case, toy.space(case), dtype)
+            if run is None:
+                continue
+            seen += 1
+            try:
+                assert run.params.dtype == dtype, f"params are {run.params.dtype}, not {dtype}"
+                _agree(_train(run, toy, dtype, toy.space(case)), _reference(model, optimizer), rtol)
+            except AssertionError as error:
+                failures.append(f"{model}, {optimizer}: {error}")
+        assert seen, "inner(...) gave no run for any optimizer"
+        assert not failures, "\n\n".join(failures)
+
+    # -- numbers -------------------------------------------------------------------------------------------------------
+
+    def test_fills_the_contract(self) -> None:
+        assert isinstance(self._run()[0], Inner)
+
+    def test_agrees_with_the_core_for_every_optimizer_and_hyperparameter(self) -> None:
+        self._compare([(m, o) for m in self.models for o in OPTIMIZERS], DOUBLE, 1e-10)
+
+    def test_single_precision_agrees_with_the_core(self) -> None:
+        if self.single:
+            self._compare([("logistic", o) for o in OPTIMIZERS], SINGLE, 1e-4)
+
+    def test_agrees_with_the_core_on_digits(self) -> None:
+        for case in _ON_DIGITS if self.on_digits else ():
+            toy = digits()
+            space = toy.space(case)
+            for dtype, rtol in ((DOUBLE, 1e-10), (SINGLE, 1e-4))[: 1 + (self.single and case.name == "sgd")]:
+                run = self.inner(toy, case, space, dtype)
+                if run is not None:
+                    want = _on_digits(case.name)
+                    found = hypergradient(run, toy.batches(dtype), toy.val_batch(dtype)).grad
+                    np.testing.assert_allclose(found, want, rtol=rtol, err_msg=f"{case.name}, {dtype}")
+
+    def test_agrees_with_central_differences(self) -> None:
+        run, toy, _ = self._run("mlp", "adam")
+        report = check_hypergradient(run, toy.batches(), toy.val_batch())
+        assert report.ok, str(report)
+
+    def test_schedules_agree_with_the_core(self) -> None:
+        toy = MODELS["logistic"]
+        for case in OPTIMIZERS.values():
+            tuned = case.tuned | {"lr": log([0.05, 0.02, 0.1], knots=(0, 4, 9))}
+            space = Space(**tuned, l2=log([0.1, 0.2], knots=(0, 6), schedule="constant"))
+            run = self.inner(toy, case, space, DOUBLE)
+            if run is not None:
+                _agree(_train(run, toy, DOUBLE, space), _train(case.run(toy.reference, space), toy, DOUBLE, space), 1e-10)
+                return
+
+    def test_a_window_is_its_steps(self) -> None:
+        run, toy, space = self._run("mlp", "adam")
+        before = run.snapshot()
+        losses, H = run.run(space.phi0, toy.batches(), toy.val_batch(), every=5)
+        after = run.params
+        assert run.t == STEPS
+        run.restore(before)
+        want, rows = [], []
+        for n, batch in enumerate(toy.batches(), 1):
+            want.append(run.step(space.phi0, batch))
+            if n % 5 == 0:
+                rows.append(run.hypergradient(toy.val_batch()).grad)
+        assert losses.shape == (STEPS,)
+        assert H.shape == (STEPS // 5, space.q)
+        for a, b in ((losses, np.array(want)), (H, np.array(rows)), (after, run.params)):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12 * np.abs(b).max())
+
+    def test_plain_steps_leave_the_tangents(self) -> None:
+        run, toy, space = self._run()
+        run.step(space.phi0, toy.batches()[0])
+        norm, before = run.tangent_norm(), run.snapshot()
+        loss = run.step(space.phi0, toy.batches()[1], tangents=False)
+        moved = run.params
+        assert run.tangent_norm() == norm > 0
+        run.restore(before)
+        np.testing.assert_allclose(run.step(space.phi0, toy.batches()[1]), loss, rtol=1e-12)
+        np.testing.assert_allclose(run.params, moved, rtol=1e-12)
+
+    def test_forgetting_scales_the_tangents(self) -> None:
+        run, toy, space = self._run()
+        run.step(space.phi0, toy.batches()[0])
+        norm = run.tangent_norm()
+        run.forget(0.25)
+        np.testing.assert_allclose(run.tangent_norm(), 0.25 * norm, rtol=1e-12)
+        run.forget(0)
+        assert run.tangent_norm() == 0
+        _raises(HyperparameterError, lambda: run.forget(-0.1))
+        _raises(HyperparameterError, lambda: run.forget(1.5))
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def test_a_restored_run_repeats_itself_bit_for_bit(self) -> None:
+        run, toy, space = self._run("mlp", "adam")
+        for batch in toy.batches()[:4]:
+            run.step(space.phi0, batch)
+        saved = run.snapshot()
+        kept = {name: a.copy() for name, a in saved.items()}
+        rest = lambda: ([run.step(space.phi0, b) for b in toy.batches()[4:]], run.hypergradient(toy.val_batch()).grad)
+        (one, h), end = rest(), run.snapshot()
+        assert _same(saved, kept), "a snapshot moved while training went on"
+        run.restore(saved)
+        (two, again), same_end = rest(), run.snapshot()
+        assert one == two
+        assert np.array_equal(h, again)
+        assert _same(end, same_end)
+
+    def test_refuses_a_foreign_snapshot_and_stays_as_it_was(self) -> None:
+        run, toy, space = self._run()
+        run.step(space.phi0, toy.batches()[0])
+        before = run.snapshot()
+        assert all(type(a) is np.ndarray and a.dtype.kind in "fiubU" for a in before.values()), "arrays, no pickle"
+        name = next(n for n, a in before.items() if a.ndim > 0 and n != "phi")
+        _raises(ShapeError, lambda: run.restore({k: v for k, v in before.items() if k != name}))
+        _raises(ShapeError, lambda: run.restore(before | {name: before[name][:-1]}))
+        assert _same(before, run.snapshot())
+
+    def test_a_saved_tuner_resumes_bit_for_bit(self) -> None:
+        def tuner() -> tuple[Tuner, Model]:
+            run, toy, _ = self._run()
+            return Tuner(run, Glocal(), steps=40, window=10), toy
+
+        whole, toy = tuner()
+        batches, val = toy.batches(), toy.val_batch()
+        want = whole.fit(batches, [val])
+        first, _ = tuner()
+        for t in range(17):  # in the middle of a window
+            first.step(batches[t % len(batches)], val)
+        second, _ = tuner()
+        with tempfile.TemporaryDirectory() as folder:
+            load(save(Path(folder) / "run.npz", first), second)
+        got = second.fit(batches, [val])
+        assert np.array_equal(got.params, want.params)
+        assert np.array_equal(got.phi, want.phi)
+        assert got.value == want.value
+        assert np.array_equal(got.history.trajectory, want.history.trajectory)
+
+    def test_tunes_as_the_core_does(self) -> None:
+        for mode in ("online", "restart"):
+            run, toy, space = self._run()
+            reference = OPTIMIZERS["sgd"].run(toy.reference, space)
+            if space.names != toy.space(OPTIMIZERS["sgd"]).names:
+                return  # this adapter has no such optimizer
+            settings: dict[str, Any] = {"steps": 30, "window": 10, "runs": 2, "mode": mode}
+            got, want = (Tuner(r, Glocal(), **settings).fit(toy.batches(), [toy.val_batch()]) for r in (run, reference))
+            np.testing.assert_allclose(got.phi, want.phi, rtol=1e-8)
+            np.testing.assert_allclose(got.params, want.params, rtol=1e-8)
+            np.testing.assert_allclose(got.value, want.value, rtol=1e-8)
+
+    # -- bad input -----------------------------------------------------------------------------------------------------
+
+    def test_refuses_a_wrong_phi_and_stays_as_it_was(self) -> None:
+        run, toy, space = self._run()
+        before, batch = run.snapshot(), toy.batches()[0]
+        _raises(ShapeError, lambda: run.step(space.phi0[:-1], batch))
+        _raises(HyperparameterError, lambda: run.step(np.full(space.q, np.nan), batch))
+        assert _same(before, run.snapshot())
+
+    def test_refuses_a_first_loss_that_is_not_finite(self) -> None:
+        run, toy, space = self._run()
+        before, (X, y) = run.snapshot(), toy.batches()[0]
+        _raises(AdapterError, lambda: run.step(space.phi0, (X * np.nan, y)))
+        assert _same(before, run.snapshot())
+
+    def test_a_later_loss_that_is_not_finite_is_no_error(self) -> None:
+        run, toy, space = self._run()
+        X, y = toy.batches()[0]
+        run.step(space.phi0, (X, y))
+        assert not np.isfinite(run.step(space.phi0, (X * np.nan, y)))
+
+
+@cache
+def _on_digits(name: str) -> Array:
+    case, toy = next(c for c in _ON_DIGITS if c.name == name), digits()
+    return hypergradient(case.run(toy.reference, toy.space(case)), toy.batches(), toy.val_batch()).grad

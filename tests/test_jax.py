@@ -1,0 +1,469 @@
+"""JAX: the conformance suite under the core's optimizers and under optax, state of every kind, and what is refused."""
+
+import numpy as np
+import pytest
+
+from koopman_hpo import (
+    AdapterError,
+    Glocal,
+    HyperparameterError,
+    Inner,
+    ShapeError,
+    Space,
+    Tuner,
+    check_hypergradient,
+    checkpoint,
+    hypergradient,
+    inner,
+    log,
+    logit,
+    trajectory,
+)
+
+jax = pytest.importorskip("jax")
+optax = pytest.importorskip("optax")
+jax.config.update("jax_enable_x64", True)  # float32 is asked for by name below
+import jax.numpy as jnp  # noqa: E402
+from koopman_hpo_adapters import jax as adapter  # noqa: E402
+from koopman_hpo_adapters.conformance import Conformance  # noqa: E402
+from threadpoolctl import threadpool_limits  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """NumPy's BLAS threads and JAX's would only wait for each other."""
+    with threadpool_limits(1):
+        yield
+
+
+# -- the suite ---------------------------------------------------------------------------------------------------------
+
+
+class TestProblem(Conformance):
+    """JAX losses under the core's fused optimizers."""
+
+    def problem(self, model, dtype):
+        train, val = model.losses(jnp)
+        return adapter.problem(train, val, jnp.asarray(model.params(dtype)))
+
+
+def wd(h):
+    return optax.add_decayed_weights(h["weight_decay"])
+
+
+def rms(h, scale):
+    """torch's order: momentum before the rate (optax.rmsprop has it after, equal only while lr is constant)."""
+    scaled = scale(decay=h["alpha"], eps=h["eps"], eps_in_sqrt=False)
+    return optax.chain(wd(h), scaled, optax.trace(h["momentum"]), optax.scale_by_learning_rate(h["lr"]))
+
+
+OPTAX = {  # where optax's formula is torch's; its SGD has no dampening, its Adagrad has eps within the root and no decay
+    "nesterov": lambda h: optax.chain(wd(h), optax.sgd(h["lr"], h["momentum"], nesterov=True)),
+    "adam": lambda h: optax.chain(wd(h), optax.adam(h["lr"], h["beta1"], h["beta2"], h["eps"])),
+    "adamw": lambda h: optax.adamw(h["lr"], h["beta1"], h["beta2"], h["eps"], weight_decay=h["weight_decay"]),
+    "rmsprop": lambda h: rms(h, optax.scale_by_rms),
+    "centered": lambda h: rms(h, optax.scale_by_stddev),
+    "lion": lambda h: optax.lion(h["lr"], h["beta1"], h["beta2"], weight_decay=h["weight_decay"]),
+}
+
+
+def sgd(s, g, h):
+    d = g + h["weight_decay"] * s["theta"]
+    buffer = jnp.where(s["t"] == 0, d, h["momentum"] * s["slot"] + (1 - h["dampening"]) * d)
+    return {"theta": s["theta"] - h["lr"] * buffer, "slot": buffer, "t": s["t"] + 1}
+
+
+def adagrad(s, g, h):
+    g = g + h["weight_decay"] * s["theta"]
+    square = s["slot"] + g**2
+    rate = h["lr"] / (1 + s["t"] * h["lr_decay"])
+    return {"theta": s["theta"] - rate * g / (jnp.sqrt(square) + h["eps"]), "slot": square, "t": s["t"] + 1}
+
+
+class TestInner(Conformance):
+    """Whole training steps: optax's where it agrees with torch, by hand with an integer counter elsewhere."""
+
+    models = (
+        "logistic",
+        "mlp",
+    )  # between them: direct dependence of the outer loss, vectors, every layer of the chain rule
+
+    def inner(self, model, optimizer, space, dtype):
+        train, val = model.losses(jnp)
+        theta, optax_of = model.params(dtype), ON_DIGITS if model.name == "digits" else OPTAX
+        if optimizer.name in optax_of:
+            step = adapter.train_step(train, optax_of[optimizer.name])
+            state, params = step.init(jnp.asarray(theta), space), lambda state: state.params
+        else:
+            rule = {"sgd": sgd, "adagrad": adagrad}[optimizer.name]
+            state, params = {"theta": theta, "slot": np.zeros_like(theta), "t": 0}, lambda state: state["theta"]
+
+            def step(state, hyper, batch):
+                loss, g = jax.value_and_grad(train)(state["theta"], hyper, batch)
+                return rule(state, g, hyper), loss
+
+        at = lambda state, hyper, batch: val(params(state), hyper, batch)
+        return adapter.inner(step, at, state, space, params=params)
+
+
+ON_DIGITS = {
+    "sgd": lambda h: optax.sgd(h["lr"], h["momentum"]),
+    "adam": lambda h: optax.adam(h["lr"], b2=h["beta2"]),
+}
+
+
+# -- a model with everything in its state ------------------------------------------------------------------------------
+
+SPACE = Space(lr=log(0.05), momentum=logit(0.7), keep=logit(0.8), l2=log(0.01))
+
+
+def network(params, X, mask):
+    return jnp.tanh(X @ params["W"] + params["b"]) * mask @ params["out"]
+
+
+def noisy_step(state, hyper, batch):
+    """Dropout with a key in the state, a running mean, and an integer counter."""
+    X, y = batch
+    key, now = jax.random.split(state["key"])
+    mask = jax.random.bernoulli(now, 0.8, (4,)) / hyper["keep"]
+
+    def loss_of(params):
+        r = network(params, X - state["mean"], mask) - y
+        return jnp.mean(r**2) + hyper["l2"] * sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+
+    loss, g = jax.value_and_grad(loss_of)(state["params"])
+    velocity = jax.tree.map(lambda v, g: hyper["momentum"] * v + g, state["velocity"], g)
+    params = jax.tree.map(lambda x, v: x - hyper["lr"] * v, state["params"], velocity)
+    mean = 0.9 * state["mean"] + 0.1 * X.mean(0)
+    return {"params": params, "velocity": velocity, "mean": mean, "key": key, "steps": state["steps"] + 1}, loss
+
+
+def noisy_val(state, hyper, batch):
+    X, y = batch
+    return jnp.mean((network(state["params"], X - state["mean"], 1.0) - y) ** 2) + 0.01 * hyper["keep"]
+
+
+def noisy_state(dtype=np.float64, key=None):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(dtype)
+    params = {"W": draw(3, 4), "b": draw(4), "out": draw(4)}
+    still = {name: np.zeros_like(x) for name, x in params.items()}
+    key = jax.random.key(1) if key is None else key
+    return {"params": params, "velocity": still, "mean": np.zeros(3, dtype), "key": key, "steps": 0}
+
+
+def noisy(space=SPACE, **options):
+    params = lambda state: state["params"]
+    return adapter.inner(noisy_step, noisy_val, noisy_state(**options), space, params=params)
+
+
+def data(seed, dtype=np.float64, n=8):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, 3)).astype(dtype), rng.normal(size=n).astype(dtype)
+
+
+BATCHES, VAL = [data(t) for t in range(12)], data(99)
+
+
+def test_dropout_statistics_and_counters_are_differentiated_right():
+    run = noisy()
+    report = check_hypergradient(run, BATCHES, VAL)
+    assert report.error.max() < 1e-7, str(report)
+    assert isinstance(run, Inner)
+
+
+def test_the_state_comes_back_as_the_user_gave_it():
+    run = noisy()
+    for batch in BATCHES:
+        run.step(SPACE.phi0, batch)
+    state = run.state
+    assert int(state["steps"]) == 12
+    assert state["steps"].dtype == jnp.int64
+    assert jnp.issubdtype(state["key"].dtype, jax.dtypes.prng_key)
+    assert run.params.shape == (20,)
+    assert run.tangents.shape == (4, 20)
+    np.testing.assert_allclose(run.tangent_norm(), np.linalg.norm(run.tangents), rtol=1e-12)
+    back = run.unravel(run.params)
+    assert all(np.array_equal(back[name], state["params"][name]) for name in back)
+    with pytest.raises(ShapeError, match=r"shape \(20,\)"):
+        run.unravel(np.zeros(3))
+
+
+def test_the_users_arrays_stay_apart():
+    state = noisy_state()
+    run = adapter.inner(noisy_step, noisy_val, state, SPACE)
+    before = run.params
+    state["params"]["W"] += 1
+    assert np.array_equal(run.params, before)
+    assert run.params.size == 20 + 20 + 3  # without params=, every real leaf
+
+
+@pytest.mark.parametrize(
+    "key", [jax.random.key(3), jax.random.key(3, impl="rbg"), jax.random.PRNGKey(3)], ids=["fry", "rbg", "raw"]
+)
+def test_a_run_with_keys_resumes_bit_for_bit(key, tmp_path):
+    make = lambda: Tuner(noisy(key=key), Glocal(), steps=40, window=10)
+    whole = make()
+    want = whole.fit(BATCHES, [VAL])
+    first, second = make(), make()
+    for t in range(23):
+        first.step(BATCHES[t % 12], VAL)
+    checkpoint.load(checkpoint.save(tmp_path / "run.npz", first), second)
+    got = second.fit(BATCHES, [VAL])
+    assert np.array_equal(got.params, want.params)
+    assert np.array_equal(got.phi, want.phi)
+    data_of = lambda run: np.asarray(run.state["key"] if key.dtype == np.uint32 else jax.random.key_data(run.state["key"]))
+    assert np.array_equal(data_of(second.inner), data_of(whole.inner))
+
+
+def test_single_precision_stays_single():
+    run = noisy(dtype=np.float32)
+    batches = [data(t, np.float32) for t in range(12)]
+    h = trajectory(run, batches, data(99, np.float32), every=4)
+    run.step(SPACE.phi0, batches[0])
+    assert run.params.dtype == run.tangents.dtype == np.float32
+    want = trajectory(noisy(), BATCHES, VAL, every=4)
+    np.testing.assert_allclose(h, want, atol=1e-4 * np.abs(want).max())  # 12 steps of rounding at 6e-8
+
+
+def test_half_precision_weights_are_saved_by_their_bits():
+    state = {"w": jnp.ones(3, jnp.bfloat16)}
+    step = lambda s, h, b: ({"w": (s["w"] * (1 - h["lr"])).astype(jnp.bfloat16)}, jnp.sum(s["w"].astype(jnp.float32)))
+    run = adapter.inner(step, lambda s, h, b: jnp.sum(s["w"].astype(jnp.float32)), state, Space(lr=log(0.1)))
+    saved = run.snapshot()
+    run.step([-2.0], None)
+    assert saved["state/0"].dtype == np.uint16
+    run.restore(saved)
+    assert (run.state["w"] == 1).all()
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "batches", [BATCHES, [BATCHES[0]] * 12, [*BATCHES[:11], data(5, n=6)]], ids=["new", "one", "ragged"]
+)
+@pytest.mark.parametrize("every", [1, 5, 20])
+def test_a_window_is_its_steps_whatever_the_batches(batches, every):
+    scheduled = Space(
+        lr=log([0.05, 0.01], knots=(0, 8)), momentum=logit(0.7), keep=logit([0.8, 0.6], knots=(0, 5)), l2=log(0.01)
+    )
+    one, two = noisy(scheduled), noisy(scheduled)
+    losses, H = one.run(scheduled.phi0, iter(batches), VAL, every)
+    rows, want = [], []
+    for n, batch in enumerate(batches, 1):
+        want.append(two.step(scheduled.phi0, batch))
+        if n % every == 0:
+            rows.append(two.hypergradient(VAL).grad)
+    assert H.shape == (12 // every, scheduled.q)
+    assert one.t == 12
+    np.testing.assert_allclose(losses, want, rtol=1e-12)
+    np.testing.assert_allclose(H, np.reshape(rows, H.shape), rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(one.params, two.params, rtol=1e-12)
+
+
+def test_long_windows_are_cut_and_stay_right(monkeypatch):
+    whole = noisy().run(SPACE.phi0, BATCHES, VAL, 2)
+    monkeypatch.setattr(adapter, "_LONGEST", 5)
+    parts = noisy().run(SPACE.phi0, BATCHES, VAL, 2)
+    for a, b in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11)
+
+
+def test_pure_functions_scan_to_the_same_end():
+    at = adapter.point(SPACE, SPACE.phi0)
+    state = jax.tree.map(jnp.asarray, noisy_state())
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *BATCHES)
+
+    @jax.jit
+    def window(carry, batches):
+        carry, losses = jax.lax.scan(lambda c, b: adapter.step(noisy_step, c, at, b), carry, batches)
+        return losses, *adapter.hypergradient(noisy_val, carry, at, VAL)
+
+    losses, value, h = window(adapter.init(state, SPACE.q), stacked)
+    want = hypergradient(noisy(), BATCHES, VAL)
+    np.testing.assert_allclose(h, want.grad, rtol=1e-10)
+    np.testing.assert_allclose(value, want.value, rtol=1e-12)
+    assert losses.shape == (12,)
+
+
+# -- steps made of optax -----------------------------------------------------------------------------------------------
+
+
+def regression(params, hyper, batch):
+    X, y = batch
+    return jnp.mean((X @ params["w"] - y) ** 2)
+
+
+def test_a_weight_without_gradient_keeps_finite_tangents_under_adam():
+    X, y = BATCHES[0]
+    dead = (X * np.array([1.0, 0.0, 1.0]), y)
+    space = Space(lr=log(0.05), beta2=logit(0.9), eps=log(1e-8))
+    step = adapter.train_step(regression, lambda h: optax.adam(h["lr"], b2=h["beta2"], eps=h["eps"]))
+    state = step.init({"w": jnp.ones(3)}, space)
+    run = adapter.inner(jax.jit(step), lambda s, h, b: regression(s.params, h, b), state, space, params=lambda s: s.params)
+    report = check_hypergradient(run, [dead] * 6, VAL)
+    assert report.ok, str(report)
+    assert np.isfinite(report.forward).all()
+
+
+def test_a_key_in_the_state_gives_fresh_noise_a_step():
+    def loss(params, hyper, batch, key):
+        X, y = batch
+        return regression(params, hyper, (X + hyper["noise"] * jax.random.normal(key, X.shape), y))
+
+    space = Space(lr=log(0.05), noise=log(0.3))
+    step = adapter.train_step(loss, lambda h: optax.sgd(h["lr"]))
+    state = step.init({"w": jnp.ones(3)}, space, key=jax.random.key(0))
+    run = adapter.inner(step, lambda s, h, b: regression(s.params, h, b), state, space, params=lambda s: s.params)
+    assert check_hypergradient(run, BATCHES, VAL).ok
+    assert run.step(space.phi0, BATCHES[0]) != run.step(np.array([-20.0, space.phi0[1]]), BATCHES[0])
+
+
+def test_a_schedule_inside_the_step_and_one_in_the_space():
+    val = lambda s, h, b: regression(s.params, h, b)
+    inside = adapter.train_step(regression, lambda h: optax.adam(optax.linear_schedule(h["lr"], h["lr"] * h["end"], 8)))
+    one = Space(lr=log(0.05), end=logit(0.1))
+    assert check_hypergradient(adapter.inner(inside, val, inside.init({"w": jnp.ones(3)}, one), one), BATCHES, VAL).ok
+    outside = adapter.train_step(regression, lambda h: optax.adam(h["lr"]))
+    two = Space(lr=log([0.05, 0.005], knots=(0, 8)))
+    run = adapter.inner(outside, val, outside.init({"w": jnp.ones(3)}, two), two)
+    assert check_hypergradient(run, BATCHES, VAL).ok
+    refused = adapter.train_step(regression, lambda h: optax.sgd(optax.exponential_decay(h["lr"], 4, h["end"])))
+    run = adapter.inner(refused, val, refused.init({"w": jnp.ones(3)}, one), one)
+    with pytest.raises(jax.errors.ConcretizationTypeError) as caught:
+        run.step(one.phi0, BATCHES[0])
+    assert any("knots" in note for note in caught.value.__notes__)
+
+
+def test_functions_among_the_leaves_stay_what_they_are():
+    model = {"w": jnp.ones(3), "activation": jnp.tanh}
+
+    def loss(model, hyper, batch):
+        X, y = batch
+        return jnp.mean((model["activation"](X @ model["w"]) - y) ** 2)
+
+    space = Space(lr=log(0.1))
+    step = adapter.train_step(loss, lambda h: optax.adam(h["lr"]))
+    state = step.init(model, space)
+    run = adapter.inner(step, lambda s, h, b: loss(s.params, h, b), state, space, params=lambda s: s.params)
+    assert check_hypergradient(run, BATCHES, VAL).ok
+    assert run.state.params["activation"] is jnp.tanh
+    assert run.unravel(run.params)["activation"] is jnp.tanh
+    flat = adapter.problem(loss, loss, model)
+    assert check_hypergradient(inner.sgd(flat, space), BATCHES, VAL).ok
+    assert flat.unravel(flat.params)["activation"] is jnp.tanh
+
+
+def test_equinox_and_nnx_models_train_as_they_are():
+    eqx, nnx = pytest.importorskip("equinox"), pytest.importorskip("flax.nnx")
+    space = Space(lr=log(0.05), momentum=logit(0.8))
+    optimizer = lambda h: optax.sgd(h["lr"], h["momentum"])
+    error = lambda out, y: jnp.mean((out[:, 0] - y) ** 2)
+    mlp = eqx.nn.MLP(3, 1, 4, 1, activation=jnp.tanh, key=jax.random.key(0), dtype=jnp.float64)
+    of_eqx = lambda model, hyper, batch: error(jax.vmap(model)(batch[0]), batch[1])
+    graph, weights = nnx.split(nnx.Linear(3, 1, rngs=nnx.Rngs(0), param_dtype=jnp.float64))
+    of_nnx = lambda weights, hyper, batch: error(nnx.merge(graph, weights)(batch[0]), batch[1])
+    for model, loss in ((mlp, of_eqx), (weights, of_nnx)):
+        step = adapter.train_step(loss, optimizer)
+        val = lambda state, hyper, batch, loss=loss: loss(state.params, hyper, batch)
+        run = adapter.inner(step, val, step.init(model, space), space, params=lambda state: state.params)
+        report = check_hypergradient(run, BATCHES, VAL)
+        assert report.ok, str(report)
+        assert jax.tree.structure(run.unravel(run.params)) == jax.tree.structure(model)
+
+
+# -- linearisation, problem --------------------------------------------------------------------------------------------
+
+
+def test_linearises_when_it_knows_the_loss():
+    space = Space(lr=log(0.05), l2=log(0.1))
+    loss = lambda state, hyper, batch: regression(state, hyper, batch) + hyper["l2"] * jnp.sum(state["w"] ** 4)
+
+    def step(state, hyper, batch):
+        value, g = jax.value_and_grad(lambda w: loss({"w": w}, hyper, batch))(state["w"])
+        return {"w": state["w"] - hyper["lr"] * g, "n": state["n"] + 1}, value
+
+    state = {"w": np.ones(3), "n": 0}
+    run = adapter.inner(step, regression, state, space, loss=loss)
+    run.step(space.phi0, BATCHES[0])
+    frozen = run.linearise(BATCHES[0], VAL)
+    X, w = BATCHES[0][0], run.params
+    H = 2 * X.T @ X / len(X) + np.diag(12 * 0.1 * w**2)
+    np.testing.assert_allclose(frozen.hvp(np.eye(3)), H, rtol=1e-12)
+    np.testing.assert_allclose(frozen.gradient, 2 * X.T @ (X @ w - BATCHES[0][1]) / len(X) + 0.4 * w**3, rtol=1e-12)
+    np.testing.assert_allclose(frozen.outer_hvp(np.eye(3)), 2 * VAL[0].T @ VAL[0] / len(VAL[0]), rtol=1e-12)
+    assert frozen.outer_gradient.shape == (3,)
+    with pytest.raises(ShapeError, match="V must have shape"):
+        frozen.hvp(np.ones(3))
+    with pytest.raises(AdapterError, match=r"pass inner\(..., loss=...\)"):
+        noisy().linearise(VAL)
+
+
+def test_a_problem_has_its_leaves_as_segments_and_an_exact_outer_hessian():
+    params = {"W": np.ones((3, 2)), "b": np.ones(2), "none": np.ones(0), "n": 3}
+
+    def loss(params, hyper, batch):
+        X, y = batch
+        return jnp.mean((jnp.tanh(X @ params["W"] + params["b"]).sum(1) - y) ** 2) + hyper["l2"] @ jnp.array([1.0, 2.0])
+
+    model = adapter.problem(loss, loss, params, hyper=("l2",))
+    assert model.segments == (6, 2)
+    assert model.unravel(model.params)["n"] == 3
+    run = inner.sgd(model, Space(lr=log([0.05, 0.1]), l2=log([0.1, 0.2])))
+    assert check_hypergradient(run, BATCHES, VAL).ok
+    H = run.linearise(BATCHES[0]).outer_hvp(np.eye(8))
+    np.testing.assert_allclose(H, H.T, atol=1e-14)
+    np.testing.assert_allclose(H, run.linearise(BATCHES[0]).hvp(np.eye(8)), rtol=1e-12, atol=1e-14)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+BAD_STEPS = {
+    r"return \(state, loss\), got dict": lambda s, h, b: s,
+    "the state's own tree": lambda s, h, b: ((s["w"],), 0.0),
+    r"\['w'\] as it came, \(3,\) of float64, got \(2,\)": lambda s, h, b: ({"w": s["w"][:2]}, 0.0),
+    "got .* of float32. Cast it": lambda s, h, b: ({"w": s["w"].astype(np.float32)}, 0.0),
+    r"loss must be a real scalar, got shape \(3,\)": lambda s, h, b: (s, s["w"]),
+    r"reads hyper\['momentun'\].*Did you mean 'momentum'": lambda s, h, b: (s, h["momentun"]),
+    "loss must be finite at the initial state, got nan": lambda s, h, b: (s, jnp.nan * s["w"].sum()),
+}
+
+
+@pytest.mark.parametrize("message", BAD_STEPS)
+@pytest.mark.parametrize("whole_window", [False, True])
+def test_refuses_a_step_that_breaks_the_contract(message, whole_window):
+    space = Space(lr=log(0.1), momentum=logit(0.9))
+    run = adapter.inner(BAD_STEPS[message], lambda s, h, b: s["w"].sum(), {"w": np.ones(3)}, space)
+    before = run.snapshot()
+    with pytest.raises(AdapterError, match=message):
+        run.run(space.phi0, [None] * 4, None) if whole_window else run.step(space.phi0, None)
+    assert all(np.array_equal(before[k], v) for k, v in run.snapshot().items())
+
+
+def test_refuses_what_it_cannot_train():
+    step, val, space = lambda s, h, b: (s, s["w"].sum()), lambda s, h, b: s["w"], Space(lr=log(0.1))
+    make = lambda state, **options: adapter.inner(step, val, state, space, **options)
+    with pytest.raises(AdapterError, match="no real leaf"):
+        make({"w": 3})
+    with pytest.raises(AdapterError, match="complex leaf"):
+        make({"w": np.ones(2) + 1j})
+    with pytest.raises(AdapterError, match="train_step must be a function, got NoneType"):
+        adapter.inner(None, val, {"w": np.ones(2)}, space)
+    with pytest.raises(HyperparameterError, match="space must be a Space"):
+        adapter.inner(step, val, {"w": np.ones(2)}, {"lr": 0.1})
+    with pytest.raises(AdapterError, match="params must pick a subtree"):
+        make({"w": np.ones(2), "n": 1}, params=lambda s: s["n"])
+    with pytest.raises(AdapterError, match="val_loss must be a real scalar"):
+        make({"w": np.ones(2)}).hypergradient(None)
+    with pytest.raises(HyperparameterError, match="every must be a whole number"):
+        make({"w": np.ones(2)}).run(space.phi0, [None], None, every=0)
+    with pytest.raises(AdapterError, match="optimizer must be a function"):
+        adapter.train_step(step, optax.sgd(0.1))
+    with pytest.raises(AdapterError, match="no real leaf"):
+        adapter.problem(step, val, {"w": 3})
+    with pytest.raises(AdapterError, match=r"use \('l2',\)"):
+        adapter.problem(step, val, np.ones(2), hyper="l2")
+    vector = inner.sgd(adapter.problem(lambda p, h, b: p, lambda p, h, b: p, np.ones(2)), space)
+    with pytest.raises(AdapterError, match="train_loss must be a real scalar"):
+        vector.step(space.phi0, None)

@@ -336,5 +336,6 @@ def central_hvp(gradient: Callable[[Array], Array], theta: Array, V: Array) -> A
     for j, v in enumerate(V):
         size = np.linalg.norm(v)
         e = v * (step / size) if size > 0 else v
-        out[j] = (gradient(theta + e) - gradient(theta - e)) * (size / (2 * step))
+        ahead = np.array(gradient(theta + e))  # a model may return the same buffer twice
+        out[j] = (ahead - gradient(theta - e)) * (size / (2 * step))
     return out

@@ -175,14 +175,16 @@ class Tuner:
         loss, w = self.inner.step(self.phi, batch), self.progress
         first = loss if w.done == 0 else w.first
         w = w._replace(done=w.done + 1, first=first, loss=w.loss + loss)
-        due = (w.length - w.done) % self._spacing(w.length) == 0  # counted from the end: evenly spaced up to it
+        due = (
+            w.done >= w.length or (w.length - w.done) % self._spacing(w.length) == 0
+        )  # counted from the end: evenly spaced up to it
         found = self.inner.hypergradient(val_batch) if due and math.isfinite(loss) else None
         self.used, self.progress = self.used + 1, w  # not before: a batch that was refused leaves the count as it was
         if found is not None:
             w.H.append(found.grad)
             if np.isfinite(found.grad).all():
                 self.history.observe(self.used, found.grad)
-            if w.done == w.length:
+            if w.done >= w.length:  # beyond it where a close was interrupted
                 self._close(found.value)
         elif not math.isfinite(loss):
             self._roll_back(f"inner loss is {loss}")

@@ -12,17 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import AdapterError, HyperparameterError, ShapeError
-from .inner import Inner
+from .errors import HyperparameterError, ShapeError
+from .inner import Inner, require
 from .problem import Array, Hypergradient
-
-
-def _check_run(call: str, run: Any) -> None:
-    if not isinstance(run, Inner):
-        raise AdapterError(
-            f"{call}: the first argument must be an Inner, got {type(run).__name__}. Make one with "
-            f"koopman_hpo.inner.sgd(problem, space) or an adapter."
-        )
 
 
 @contextmanager
@@ -62,7 +54,7 @@ def hypergradient(run: Inner, batches: Iterable[Any], val_batch: Any, *, phi: Ar
     Raises:
       ShapeError: no batches, or a batch in place of a list of batches.
     """
-    _check_run("hypergradient", run)
+    require("hypergradient", run)
     steps = _listed("hypergradient", batches)
     phi = run.space.phi0 if phi is None else phi
     with _kept(run):
@@ -76,7 +68,7 @@ def trajectory(
     run: Inner, batches: Iterable[Any], val_batch: Any, *, every: int = 1, phi: ArrayLike | None = None
 ) -> NDArray[np.float64]:
     """The hypergradient after every `every` inner steps, (m, q) with time first; otherwise as `hypergradient`."""
-    _check_run("trajectory", run)
+    require("trajectory", run)
     steps = _listed("trajectory", batches)
     if not isinstance(every, int | np.integer) or not 1 <= every <= len(steps):
         raise HyperparameterError(f"trajectory: every must be a whole number in [1, {len(steps)}], got {every!r}.")
@@ -133,7 +125,7 @@ def check_hypergradient(
     Returns:
       `HypergradientCheck` with `.ok`; its `str` is a table.
     """
-    _check_run("check_hypergradient", run)
+    require("check_hypergradient", run)
     steps = _listed("check_hypergradient", batches)
     if getattr(run, "directions", None) is not None:
         raise HyperparameterError(

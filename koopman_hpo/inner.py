@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import checks, optimizers
 from .engine import CoreInner
+from .errors import AdapterError, KoopmanHPOError
 from .hyperparameters import Space
 from .optimizers import Rule
 from .problem import Array, Hypergradient, Linearisation, Problem
@@ -42,6 +43,15 @@ class Inner(Protocol):
     def snapshot(self) -> dict[str, NDArray]: ...
     def restore(self, snapshot: Mapping[str, NDArray]) -> None: ...
     def linearise(self, batch: Any, val_batch: Any = None) -> Linearisation: ...
+
+
+def require(call: str, run: Any, error: type[KoopmanHPOError] = AdapterError) -> None:
+    """Refuse what is no `Inner`, in the name of the call, with the error that the call promises."""
+    if not isinstance(run, Inner):
+        raise error(
+            f"{call}: the first argument must be an Inner, got {type(run).__name__}. Make one with "
+            f"koopman_hpo.inner.sgd(problem, space) or an adapter."
+        )
 
 
 def _make(problem: Problem, space: Space, rule: Rule, fixed: Mapping[str, Value], options: Mapping[str, Any]) -> CoreInner:

@@ -10,7 +10,7 @@ import numpy as np
 from .errors import CheckpointError, HyperparameterError
 from .guard import Guard
 from .hyperparameters import Space
-from .inner import Inner
+from .inner import require
 from .outer import Outer
 
 if TYPE_CHECKING:
@@ -31,11 +31,7 @@ def check(tuner: Tuner) -> None:
     for name, n in (whole | ({} if tuner.every is None else {"every": tuner.every})).items():
         if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
             raise HyperparameterError(f"Tuner: {name} must be a whole number of at least 1, got {n!r}.")
-    if not isinstance(tuner.inner, Inner):
-        raise HyperparameterError(
-            f"Tuner: the first argument must be an Inner, got {type(tuner.inner).__name__}. Make one with "
-            f"koopman_hpo.inner.sgd(problem, space) or an adapter."
-        )
+    require("Tuner", tuner.inner, HyperparameterError)
     if tuner.inner.space.q == 0:
         raise HyperparameterError("Tuner: the space is empty, so there is nothing to tune.")
     if tuner.mode not in ("online", "restart"):

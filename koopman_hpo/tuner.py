@@ -175,16 +175,15 @@ class Tuner:
         loss, w = self.inner.step(self.phi, batch), self.progress
         first = loss if w.done == 0 else w.first
         w = w._replace(done=w.done + 1, first=first, loss=w.loss + loss)
-        due = (
-            w.done >= w.length or (w.length - w.done) % self._spacing(w.length) == 0
-        )  # counted from the end: evenly spaced up to it
+        # counted from the end, so evenly spaced up to it; a close that was interrupted is due still
+        due = w.done >= w.length or (w.length - w.done) % self._spacing(w.length) == 0
         found = self.inner.hypergradient(val_batch) if due and math.isfinite(loss) else None
         self.used, self.progress = self.used + 1, w  # not before: a batch that was refused leaves the count as it was
         if found is not None:
             w.H.append(found.grad)
             if np.isfinite(found.grad).all():
                 self.history.observe(self.used, found.grad)
-            if w.done >= w.length:  # beyond it where a close was interrupted
+            if w.done >= w.length:
                 self._close(found.value)
         elif not math.isfinite(loss):
             self._roll_back(f"inner loss is {loss}")

@@ -16,8 +16,7 @@ from .tuner import Tuner
 def save(path: str | os.PathLike[str], tuner: Tuner) -> Path:
     """Write everything that the run needs to go on: parameters, optimizer slots, tangents, trajectory, outer optimizer,
     history, random state.  `.npz` without pickle, written whole or not at all; returns the path."""
-    if not isinstance(tuner, Tuner):
-        raise CheckpointError(f"checkpoint.save: the second argument must be a Tuner, got {type(tuner).__name__}.")
+    _check("save", tuner)
     snapshot = tuner.snapshot()
     meta = json.dumps(snapshot.pop("meta"))
     return files.write(path, "checkpoint", {"meta": np.array(meta), **snapshot})
@@ -35,14 +34,15 @@ def load(path: str | os.PathLike[str], tuner: Tuner) -> Tuner:
       CheckpointError: the file is corrupt, foreign, of another version, or of a run with other settings.  The tuner is
         then as before.
     """
+    _check("load", tuner)
     arrays = dict(files.read(path, "checkpoint"))
     try:
-        meta = json.loads(str(arrays.pop("meta")))
-        tuner.restore({"meta": meta, **arrays})
-    except ShapeError as error:
+        tuner.restore({**arrays, "meta": json.loads(str(arrays.get("meta", np.array("null"))))})
+    except (ShapeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"checkpoint.load: {path} does not fit this tuner. {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"checkpoint.load: {path} lacks what a checkpoint holds ({error!r}).") from error
     return tuner
+
+
+def _check(call: str, tuner: Tuner) -> None:
+    if not isinstance(tuner, Tuner):
+        raise CheckpointError(f"checkpoint.{call}: the second argument must be a Tuner, got {type(tuner).__name__}.")

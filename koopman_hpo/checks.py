@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import optimizers
-from .errors import AdapterError, HyperparameterError, ShapeError, nearest
-from .hyperparameters import Space
-from .optimizers import Rule
+from . import errors, optimizers
+from .errors import AdapterError, HyperparameterError, ShapeError, nearest, reals, short, whole
+from .hyperparameters import Hyperparameter, Space
+from .optimizers import Domain, Rule
 from .problem import Array, Problem
 from .transforms import IDENTITY
 
@@ -47,7 +47,7 @@ def groups(call: str, model: Problem, lengths: Iterable[int] | None) -> tuple[in
     try:
         out = tuple(operator.index(n) for n in lengths)
     except TypeError:
-        raise ShapeError(f"{call}: groups must be whole lengths of segments, got {lengths!r}.") from None
+        raise ShapeError(f"{call}: groups must be whole lengths of segments, got {short(lengths)}.") from None
     if sum(out) != model.params.size or min(out, default=0) < 1:
         raise ShapeError(
             f"{call}: groups must be positive lengths that sum to p = {model.params.size}, got {out} with sum {sum(out)}."
@@ -65,6 +65,9 @@ def names(call: str, model: Problem, space: Space, rule: Rule) -> tuple[str, ...
         )
     loss = tuple(n for n in space.names if n not in own)
     for name in loss:
+        if name in model.domains:
+            low, high = model.domains[name]
+            _within(call, name, space[name], Domain(low, high, closed_high=True))
         if model.hyper is not None:
             if name not in model.hyper:
                 known = sorted(own | model.hyper)
@@ -85,8 +88,10 @@ def names(call: str, model: Problem, space: Space, rule: Rule) -> tuple[str, ...
     return loss
 
 
-def fixed(call: str, rule: Rule, space: Space, given: Mapping[str, Any], n: int) -> dict[str, Array]:
-    """`{name: (n,)}` of what is not tuned, from the caller's values and the defaults."""
+def fixed(
+    call: str, rule: Rule, space: Space, given: Mapping[str, Any], n: int, dtype: Any = np.float64
+) -> dict[str, Array]:
+    """`{name: (n,)}` of what is not tuned, from the caller's values and the defaults; dtype: of the run."""
     out = {}
     for name, default in rule.defaults.items():
         value = given.get(name)
@@ -99,13 +104,10 @@ def fixed(call: str, rule: Rule, space: Space, given: Mapping[str, Any], n: int)
         value = default if value is None else value
         if value is None:
             raise HyperparameterError(f"{call}: {name} is neither in the space nor given. Pass {name}=... or tune it.")
-        try:
-            array = np.asarray(value, np.float64)
-        except (TypeError, ValueError):
-            raise HyperparameterError(f"{call}: {name} must be a number or one a group, got {value!r}.") from None
+        array = reals(call, name, value, HyperparameterError, "a number or one a group")
         if array.shape not in ((), (n,)):
             raise ShapeError(f"{call}: {name} must be a number or one for each of {n} groups, got shape {array.shape}.")
-        domain = rule.domains[name]
+        domain = rule.domains[name].of(dtype)
         if not domain.holds(array):
             raise HyperparameterError(f"{call}: {name} needs {domain}, got {array.tolist()}.")
         out[name] = np.broadcast_to(array, (n,))
@@ -121,40 +123,39 @@ def _nesterov(call: str, space: Space, out: Mapping[str, Array]) -> None:
         raise HyperparameterError(f"{call}: nesterov=True requires momentum > 0 and no dampening.")
 
 
-def domains(call: str, rule: Rule, space: Space, n: int) -> None:
-    """Tuned values of the optimizer: their start, their bounds, and one value a group."""
+def domains(call: str, rule: Rule, space: Space, n: int, dtype: Any = np.float64) -> None:
+    """Tuned values of the optimizer: their start, their bounds, and one value a group; dtype: of the run."""
     for name in space.names:
         if name not in rule.defaults:
             continue
-        h, domain = space[name], rule.domains[name]
+        h = space[name]
         if h.groups not in ((), (n,)):
             raise ShapeError(
                 f"{call}: {name} must be one value or one for each of {n} groups, got {h.groups[0]}. Pass groups=..., the "
                 f"lengths of the segments of the parameter vector."
             )
-        if not domain.holds(h.value):
-            raise HyperparameterError(f"{call}: {name} needs {domain}, got a start of {h.value.tolist()}.")
-        low, high = h.bounds
-        beyond = high >= domain.high if h.transform is IDENTITY and np.isfinite(domain.high) else high > domain.high
-        if low < domain.low or beyond:
-            raise HyperparameterError(
-                f"{call}: {name} needs {domain}, but its bounds are ({low:g}, {high:g}). Give bounds within, or use log "
-                f"or logit, which cannot leave the domain."
-            )
+        _within(call, name, h, rule.domains[name].of(dtype))
+
+
+def _within(call: str, name: str, h: Hyperparameter, domain: Domain) -> None:
+    """A tuned value's start and bounds, within its domain."""
+    if not domain.holds(h.value):
+        raise HyperparameterError(f"{call}: {name} needs {domain}, got a start of {h.value.tolist()}.")
+    low, high = h.bounds
+    edge = h.transform is IDENTITY and math.isfinite(domain.high) and not domain.closed_high
+    if low < domain.low or (high >= domain.high if edge else high > domain.high):
+        raise HyperparameterError(
+            f"{call}: {name} needs {domain}, but its bounds are ({low:g}, {high:g}). Give bounds within, or use a "
+            f"transform that cannot leave the domain: log above 0, logit between 0 and 1."
+        )
 
 
 def count(call: str, name: str, n: int | None) -> int | None:
-    if n is None:
-        return None
-    if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
-        raise HyperparameterError(f"{call}: {name} must be a whole number of at least 1, got {n!r}.")
-    return int(n)
+    return None if n is None else whole(call, name, n)
 
 
 def seed(call: str, value: Any) -> int:
-    if not isinstance(value, int | np.integer) or value < 0:
-        raise HyperparameterError(f"{call}: seed must be a whole number of at least 0, got {value!r}.")
-    return int(value)
+    return whole(call, "seed", value, 0)
 
 
 def options(call: str, rule: Rule, given: Mapping[str, Any]) -> None:
@@ -167,12 +168,11 @@ def options(call: str, rule: Rule, given: Mapping[str, Any]) -> None:
 
 
 def initial_accumulator(value: float) -> None:
-    if not (isinstance(value, int | float | np.number) and 0 <= value < math.inf):
-        raise HyperparameterError(f"inner.adagrad: initial_accumulator must be finite and >= 0, got {value!r}.")
+    errors.number("inner.adagrad", "initial_accumulator", value, "a finite number >= 0", 0.0, math.inf, open_high=True)
 
 
 def rows(call: str, V: Any, theta: Array) -> Array:
-    V = np.ascontiguousarray(V, theta.dtype)
+    V = np.ascontiguousarray(reals(call, "V", V), theta.dtype)
     if V.ndim != 2 or V.shape[1] != theta.size:
         raise ShapeError(f"{call}: V must have shape (n, p) = (n, {theta.size}), got {V.shape}.")
     return V
@@ -186,18 +186,20 @@ def locked(a: NDArray) -> NDArray:
 
 
 def number(call: str, name: str, x: Any) -> float:
-    try:
-        return float(x)
-    except (TypeError, ValueError):
+    if isinstance(x, float):
+        return x
+    array = reals(call, name, x, AdapterError, "a number")
+    if array.ndim:
         raise AdapterError(
-            f"{call}: {name} must be a number, got {type(x).__name__} of shape {np.shape(x)}. Reduce it with a mean."
-        ) from None
+            f"{call}: {name} must be a number, got {type(x).__name__} of shape {array.shape}. Reduce it with a mean."
+        )
+    return float(array)
 
 
 def array(call: str, name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
     if type(a) is np.ndarray and a.shape == shape and a.dtype == dtype and a.flags.c_contiguous:
         return a
-    out = np.ascontiguousarray(a, dtype) if shape else np.asarray(a, dtype)
-    if out.shape != shape:
-        raise AdapterError(f"{call}: {name} must have shape {shape}, got {np.shape(a)}.")
-    return out
+    given = reals(call, name, a, AdapterError, f"an array of real numbers of shape {shape}")
+    if given.shape != shape:
+        raise AdapterError(f"{call}: {name} must have shape {shape}, got {given.shape}.")
+    return np.ascontiguousarray(given, dtype) if shape else np.asarray(given, dtype)

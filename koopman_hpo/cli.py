@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import KoopmanHPOError
 
@@ -25,15 +26,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (KoopmanHPOError, OSError) as error:
-        print(f"koopman-hpo {args.command}: {error}", file=sys.stderr)
+        print(f"koopman-hpo {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nkoopman-hpo {args.command}: interrupted", file=sys.stderr)
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="koopman-hpo", description="Hyperparameters tuned by gradients, while training.")
+    parser = _Parser(prog="koopman-hpo", description="Hyperparameters tuned by gradients, while training.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _demo_options(commands.add_parser("demo", help="tune a digits classifier from a bad learning rate; a table, a figure"))
     _report_options(commands.add_parser("report", help="table and figure of a saved history (.npz)"))
@@ -43,8 +51,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--out", type=Path, default=Path("koopman_hpo_demo"), help="folder for figure and history (%(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of the split, the weights, the batches and the random runs")
+    p.add_argument(
+        "--out", type=_path, default=Path("koopman_hpo_demo"), help="folder for figure and history (%(default)s)"
+    )
+    p.add_argument("--seed", type=_count, default=0, help="of the split, the weights, the batches and the random runs")
     p.add_argument("--steps", type=_positive, default=None, help="inner steps a run (2000; 200 with --quick)")
     p.add_argument("--lr", type=float, default=1e-4, help="learning rate to start from (%(default)s)")
     p.add_argument("--random", type=_count, default=None, help="random full runs to compare with (20; 3 with --quick)")
@@ -53,8 +63,8 @@ def _demo_options(p: argparse.ArgumentParser) -> None:
 
 
 def _report_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("history", type=Path, help="file that History.save wrote")
-    p.add_argument("--out", type=Path, default=None, help="figure to write (the history's name with .png)")
+    p.add_argument("history", type=_path, help="file that History.save wrote")
+    p.add_argument("--out", type=_path, default=None, help="figure to write (the history's name with .png)")
     p.set_defaults(run=_report, needs=("matplotlib", "rich"))
 
 
@@ -67,10 +77,19 @@ def _count(text: str) -> int:
 
 
 def _whole(text: str, least: int) -> int:
-    n = int(text)
-    if n < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, got {n}")
+    try:
+        n = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+    if not least <= n < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text}")
     return n
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("must be a path, got an empty one" if not text else "must be a path")
+    return Path(text)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -84,7 +103,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from . import report
 
-    return report.main(args.history, args.out or args.history.with_suffix(".png"))
+    return report.main(args.history, args.out)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ batch 64; lr, momentum and L2 are tuned.  One BLAS thread: on matrices this smal
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -63,7 +64,11 @@ def main(setting: Setting, out: Path) -> int:
 
     data = split(setting.seed)
     start = space(setting.lr)  # refuses a rate at or below zero before anything is written
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name a folder with --out")
     out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"the folder {out} is not writable; name another with --out")
     with threadpool_limits(1, user_api="blas"), warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", DivergenceWarning)  # the table says it
         _compile(data)

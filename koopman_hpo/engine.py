@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import checks, tangent
+from . import checks, snapshots, tangent
 from .errors import AdapterError, HyperparameterError, ShapeError, nearest
 from .hyperparameters import Point, Space
 from .kernels import for_device
@@ -19,6 +18,7 @@ from .optimizers import Dual, Rule
 from .problem import Array, Hypergradient, Linearisation, Problem
 
 _ARRAYS = ("theta", "slots", "Z", "dslots")
+_CONNECTED = frozenset({"_kernel", "_layout", "_still", "_seen", "_cache"})
 
 
 class Seen(NamedTuple):
@@ -29,10 +29,27 @@ class Seen(NamedTuple):
     none: Array  # (0, p): no directions, for plain training
 
 
+class Dynamics(NamedTuple):
+    """What a model of the run's future needs: where it stands, and its derivatives anywhere else."""
+
+    rule: Rule
+    state: TangentState  # copies
+    t: int  # inner steps taken
+    phi: Array  # (q,) hyperparameters of the last step
+    directions: Array | None  # (s, q) that the s tangents follow; None: the coordinates of phi
+    groups: tuple[int, ...]  # (n,) lengths of the segments
+    fixed: Mapping[str, Array]  # {optimizer hyperparameter that is not tuned: (n,)}
+    loss_names: tuple[str, ...]  # hyperparameters that live in the loss
+    grads: Callable[..., tuple[float, Grads]]  # (theta, point, Z, {loss name: seeds}, batch): views of the model's arrays
+    outer: Callable[..., tuple[float, Array, dict[str, Array]]]  # (theta, point, batch)
+    outer_hvp: Callable[..., Array]  # (theta, point, V (n, p), batch) -> (n, p)
+
+
 class _Cache(NamedTuple):
     """What `CoreInner` works out once for a phi (and, in a schedule, a step)."""
 
     key: tuple[bytes, int]
+    phi: Array
     point: Point
     along: dict[str, Array]  # loss hyperparameters' seeds along the tangents' directions
     duals: dict[str, Dual]
@@ -67,25 +84,37 @@ class CoreInner:
         self.problem, self.space, self.rule = problem, space, rule
         self._groups = checks.groups(call, problem, groups)
         self._loss_names = checks.names(call, problem, space, rule)
-        self._fixed = checks.fixed(call, rule, space, fixed, len(self._groups))
-        checks.domains(call, rule, space, len(self._groups))
+        self._fixed = checks.fixed(call, rule, space, fixed, len(self._groups), problem.params.dtype)
+        checks.domains(call, rule, space, len(self._groups), problem.params.dtype)
         self._chunk = checks.count(call, "chunk", chunk)
         self._s = checks.count(call, "directions", directions)
         if self._s is not None and self._s > space.q:
             raise HyperparameterError(f"{call}: directions must be at most q = {space.q}, got {directions}.")
         self._rng = np.random.default_rng(checks.seed(call, seed))
         self.phi = space.phi0.copy()
-        self._kernel = getattr(for_device("cpu"), rule.kernel)
-        cuts = tangent.blocks(self._groups)
-        scratch = np.empty((rule.scratch, int((cuts[:, 2] - cuts[:, 1]).max())), problem.params.dtype)
-        self._layout = (cuts, rule.flag, scratch)
         self._t = 0
         self._state = tangent.init(problem.params, rule.slots, self._s or space.q, rule.fill)
+        self._connect()
+        self.directions: Array | None = None
+        self._draw()
+
+    def _connect(self) -> None:
+        """What follows from the rest: the kernel, its layout, and views of the state."""
+        self._kernel = getattr(for_device("cpu"), self.rule.kernel)
+        cuts = tangent.blocks(self._groups)
+        scratch = np.empty((self.rule.scratch, int((cuts[:, 2] - cuts[:, 1]).max())), self._state.theta.dtype)
+        self._layout = (cuts, self.rule.flag, scratch)
         self._still = tangent.still(self._state)
         self._seen = Seen(*(checks.locked(a) for a in (self._state.theta, self._state.Z, self._still.Z)))
         self._cache: _Cache | None = None
-        self.directions: Array | None = None
-        self._draw()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _CONNECTED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has views of its own state: those of the original would show the original's."""
+        self.__dict__.update(state)
+        self._connect()
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -104,9 +133,12 @@ class CoreInner:
 
     @property
     def settings(self) -> str:
-        """The optimizer, its variant, what it holds fixed and its groups: what a checkpoint must fit."""
+        """The optimizer, its variant, what it holds fixed, its groups and the model: what a checkpoint must fit."""
         fixed = ", ".join(f"{n}={v.tolist()}" for n, v in self._fixed.items())
-        return f"{self.rule.name}(flag={self.rule.flag}, fill={self.rule.fill}, {fixed}, groups={self._groups})"
+        along = "" if self._s is None else f", directions={self._s}"
+        return f"{self.rule.name}(flag={self.rule.flag}, fill={self.rule.fill}, {fixed}, groups={self._groups}{along})" + (
+            f" of {self.problem.name}" if self.problem.name else ""
+        )
 
     def tangent_norm(self) -> float:
         """Frobenius norm of the tangents of theta: grows exponentially where training is chaotic."""
@@ -139,6 +171,7 @@ class CoreInner:
         state, coefficients = (self._state, cache.coefficients) if tangents else (self._still, cache.plain)
         tangent.step(state, self._kernel, grads, coefficients, self._layout)
         self._t += 1
+        self.phi = cache.phi
         return loss
 
     def hypergradient(self, batch: Any) -> Hypergradient:
@@ -160,6 +193,8 @@ class CoreInner:
           losses (n,) before each step, and the trajectory H (n // every, q).
         """
         every = checks.count("inner.run", "every", every) or 1
+        if isinstance(batches, tuple | dict | str | bytes | np.ndarray) or not isinstance(batches, Iterable):
+            raise ShapeError(f"inner.run: batches must be a list or an iterator of batches, got {type(batches).__name__}.")
         losses, H = [], []
         for n, batch in enumerate(batches, 1):
             losses.append(self.step(phi, batch))
@@ -182,7 +217,7 @@ class CoreInner:
         if self.directions is not None:
             out |= {
                 "directions": self.directions.copy(),
-                "rng": np.array(json.dumps(self._rng.bit_generator.state)),
+                "rng": snapshots.stored(self._rng),
             }
         return out
 
@@ -192,23 +227,35 @@ class CoreInner:
         Raises:
           ShapeError: it lacks an array or holds one of another shape or dtype; the run is then as before.
         """
-        wanted = dict(zip(_ARRAYS, self._state, strict=True)) | {"phi": self.phi}
+        snapshots.check("inner.restore", snapshot, self._like())
+        t, phi = int(snapshot["t"]), np.array(snapshot["phi"])
         if self.directions is not None:
-            wanted["directions"] = self.directions
-        for name, array in wanted.items():
-            got = snapshot.get(name)
-            if got is None or got.shape != array.shape or got.dtype != array.dtype:
-                came = "nothing" if got is None else f"{got.shape} of {got.dtype}"
-                raise ShapeError(
-                    f"inner.restore: {name} must be {array.shape} of {array.dtype}, got {came}. The snapshot belongs "
-                    f"to another model, space or optimizer."
-                )
+            rng = snapshots.generator("inner.restore", snapshot["rng"])
+            self.directions, self._rng = np.array(snapshot["directions"]), rng
         tangent.assign(self._state, TangentState(*(snapshot[name] for name in _ARRAYS)))
-        self._t = int(snapshot["t"])
-        self.phi, self._cache = np.array(snapshot["phi"]), None
-        if self.directions is not None:
-            self.directions = np.array(snapshot["directions"])
-            self._rng.bit_generator.state = json.loads(str(snapshot["rng"]))
+        self._t, self.phi, self._cache = t, phi, None
+
+    def _like(self) -> dict[str, NDArray]:
+        """A snapshot's entries, for their shapes and dtypes."""
+        like: dict[str, Any] = dict(zip(_ARRAYS, self._state, strict=True)) | {"phi": self.phi, "t": np.array(self._t)}
+        return like if self.directions is None else like | {"directions": self.directions, "rng": np.array("")}
+
+    def dynamics(self) -> Dynamics:
+        """Copies of the state, and the model's derivatives at any other one; nothing of the run moves by using them."""
+        state = TangentState(*(a.copy() for a in self._state))
+        return Dynamics(
+            self.rule,
+            state,
+            self._t,
+            self.phi.copy(),
+            None if self.directions is None else self.directions.copy(),
+            self._groups,
+            self._fixed,
+            self._loss_names,
+            self._call,
+            self._outer,
+            self._outer_hvp,
+        )
 
     def linearise(self, batch: Any, val_batch: Any = None) -> Linearisation:
         """Gradients and Hessian-vector products at the current state, of the inner loss on `batch` and of the outer
@@ -224,11 +271,7 @@ class CoreInner:
             return self._call(theta, point, V, still, batch)[1].dG.copy()
 
         def outer_hvp(V: Array) -> Array:
-            V = checks.rows("inner.linearise.outer_hvp", V, theta)
-            exact = self.problem.outer_hvp
-            if exact is not None:
-                return np.array(exact(theta, self._hyper(point), V, val_batch))
-            return central_hvp(lambda th: self._outer(th, point, val_batch)[1], theta, V)
+            return self._outer_hvp(theta, point, checks.rows("inner.linearise.outer_hvp", V, theta), val_batch)
 
         return Linearisation(grads.g.copy(), hvp, self._outer(theta, point, val_batch)[1].copy(), outer_hvp)
 
@@ -244,13 +287,12 @@ class CoreInner:
 
     def _prepare(self, phi: ArrayLike) -> _Cache:
         """Values, seeds and kernel rows for the next step; what has not moved since the last call is kept."""
-        if not (type(phi) is np.ndarray and phi.dtype == np.float64):
+        if not (type(phi) is np.ndarray and phi.dtype == np.float64 and phi.ndim == 1):
             phi = self.space.check(phi, f"inner.{self.rule.name}.step")
         key, cache = (phi.tobytes(), self._t if self.space.scheduled else 0), self._cache
         if cache is None or cache.key != key:
             phi = self.space.check(phi, f"inner.{self.rule.name}.step")
             cache = self._cache = self._at(key, phi, self._t)
-            self.phi = phi.copy()
         now = self._t + 1 if self.rule.settled is None else min(self._t + 1, self.rule.settled)
         if cache.step[0] != now:
             for i in self.rule.timed:
@@ -275,7 +317,7 @@ class CoreInner:
         coefficients = Coefficients(np.array([r.x for r in rows], dtype), np.array([r.dx for r in rows], dtype))
         loss_seeds = {name: along[name] for name in self._loss_names}
         plain = Coefficients(coefficients.c, coefficients.dc[:, :0])
-        return _Cache(key, point, loss_seeds, duals, coefficients, plain, [0])
+        return _Cache(key, checks.locked(phi.copy()), point, loss_seeds, duals, coefficients, plain, [0])
 
     def _hyper(self, point: Point) -> dict[str, Any]:
         return {n: point.values[n] for n in self._loss_names}
@@ -316,6 +358,10 @@ class CoreInner:
         out = self.problem.outer(theta, self._hyper(point), batch)
         if not (isinstance(out, tuple) and len(out) == 3):
             raise AdapterError(f"{call}: must return (value, dE_dtheta (p,), {{name: dE_dhyper}}).")
+        if not isinstance(out[2], Mapping):
+            raise AdapterError(
+                f"{call}: the third part must be a dict {{name: dE_dhyper}}, {{}} for none, got {type(out[2]).__name__}."
+            )
         direct = {}
         for name, d in out[2].items():
             if name not in self._loss_names:
@@ -327,6 +373,12 @@ class CoreInner:
             direct[name] = checks.array(call, f"dE_dhyper[{name!r}]", d, shape, np.dtype(np.float64))
         dE = checks.array(call, "dE_dtheta", out[1], theta.shape, theta.dtype)
         return checks.number(call, "value", out[0]), dE, direct
+
+    def _outer_hvp(self, theta: Array, point: Point, V: Array, batch: Any) -> Array:
+        exact = self.problem.outer_hvp
+        if exact is not None:
+            return np.array(exact(theta, self._hyper(point), V, batch))
+        return central_hvp(lambda th: self._outer(th, point, batch)[1], theta, V)
 
 
 def central_hvp(gradient: Callable[[Array], Array], theta: Array, V: Array) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import CheckpointError
+from .errors import CheckpointError, short
 
 VERSION = 1
 _MAGIC = "koopman_hpo"
@@ -20,7 +21,7 @@ _MAGIC = "koopman_hpo"
 
 def write(path: str | os.PathLike[str], kind: str, arrays: Mapping[str, Any]) -> Path:
     """Write arrays as `.npz` by way of a temporary file beside it and a rename; returns the path."""
-    path = Path(path)
+    path = _path(f"{kind}.save", path)
     if path.is_dir():
         raise CheckpointError(f"{kind}.save: {path} is a directory; name a file in it.")
     if not path.parent.is_dir():
@@ -41,6 +42,21 @@ def write(path: str | os.PathLike[str], kind: str, arrays: Mapping[str, Any]) ->
     return path
 
 
+def _path(call: str, path: Any) -> Path:
+    """`path` as a `Path`.
+
+    Raises:
+      CheckpointError: it is none, or an empty one.
+    """
+    try:
+        text = os.fsdecode(path)
+    except TypeError:
+        raise CheckpointError(f"{call}: path must be a string or a Path, got {short(path)}.") from None
+    if not text or "\0" in text:
+        raise CheckpointError(f"{call}: path must name a file, got {short(text)}.")
+    return Path(text)
+
+
 def read(path: str | os.PathLike[str], kind: str) -> dict[str, NDArray[Any]]:
     """Read what `write` wrote.
 
@@ -48,12 +64,16 @@ def read(path: str | os.PathLike[str], kind: str) -> dict[str, NDArray[Any]]:
       CheckpointError: not found, corrupt, not written by this library, of another kind or version.
     """
     call = f"{kind}.load"
+    path = _path(call, path)
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise CheckpointError(f"{call}: no file at {path}.") from None
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (
+        *(OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, MemoryError, OverflowError),
+        *(NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise CheckpointError(f"{call}: {path} is corrupt or not an .npz of arrays ({error}).") from None
     magic = [str(s) for s in np.atleast_1d(arrays.pop("_magic", np.array([])))]
     if len(magic) != 3 or magic[0] != _MAGIC:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import HyperparameterError
+from .errors import names, number, whole
 from .hyperparameters import Space
 
 Array = NDArray[Any]
@@ -46,10 +47,14 @@ class Guard:
     chaos_steps: int = 100
 
     def __post_init__(self) -> None:
-        if not (self.factor > 1 and self.shrink > 1 and self.patience >= 1 and self.chaos_steps >= 1 and self.excess > 0):
-            raise HyperparameterError(
-                f"Guard: needs factor > 1, shrink > 1, patience >= 1, excess > 0 and chaos_steps >= 1, got {self}."
-            )
+        for name, low in (("factor", 1.0), ("excess", 0.0)):
+            number("Guard", name, getattr(self, name), f"a number with {name} > {low:g}", low, open_low=True)
+        need = "a finite number with shrink > 1"
+        number("Guard", "shrink", self.shrink, need, 1.0, math.inf, open_low=True, open_high=True)
+        number("Guard", "chaos_growth", self.chaos_growth)
+        for name in ("patience", "chaos_steps"):
+            whole("Guard", name, getattr(self, name))
+        object.__setattr__(self, "shrink_names", names("Guard", "shrink_names", self.shrink_names))
 
     def stray(self, name: str, value: float, start: float) -> str:
         """Why a loss has strayed too far above its start, or an empty string."""
@@ -70,17 +75,25 @@ class Guard:
         return ""
 
     def shrunk(self, space: Space, phi: Array) -> Array:
-        """(q,) phi with the step sizes divided by `shrink`, within the bounds; phi itself where there are none."""
+        """(q,) phi with the step sizes divided by `shrink`, within the bounds; phi itself where there are none.
+
+        What is not positive is no step size and stays.
+        """
+        phi = space.check(phi, "Guard.shrunk")
         out = phi.copy()
         for name in self.shrink_names:
             if name in space:
                 h, where = space[name], space.where(name)
-                out[where] = h.transform.to_phi(h.transform.to_natural(phi[where]) / self.shrink)
+                x = h.transform.to_natural(phi[where])
+                with np.errstate(divide="ignore"):  # a bound of zero lies at -inf
+                    down = h.transform.to_phi(np.clip(x / self.shrink, *h.bounds))
+                out[where] = np.where(x > 0, np.minimum(down, phi[where]), phi[where])
         return np.where(out == phi, phi, space.clip(out))
 
 
 def coherence(H: Array) -> Array:
     """(q,) `|mean h| / mean |h|` of a trajectory (m, q): 1 where the sign never wavers, near 0 for a coin toss."""
+    H = np.ldexp(H, -600) if np.abs(H).max(initial=0.0) > 1e150 else H  # the sums stay finite
     total = np.abs(H).mean(axis=0)
     return np.divide(np.abs(H.mean(axis=0)), total, out=np.ones(H.shape[1]), where=total > 0)
 

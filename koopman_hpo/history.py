@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import files
-from .errors import CheckpointError
+from .errors import CheckpointError, ShapeError, names, short
 from .transforms import transform
 
 Array = NDArray[Any]
@@ -43,11 +43,18 @@ class History:
 
     Attributes:
       labels: q names of the coordinates.  transforms: q names of their transforms.
+
+    Raises:
+      HyperparameterError, ShapeError: labels or transforms are no collections of names, or do not fit together.
     """
 
     def __init__(self, labels: tuple[str, ...], transforms: tuple[str, ...] = ()):
-        self.labels = tuple(labels)
-        self.transforms = tuple(transforms) or ("identity",) * len(self.labels)
+        self.labels = names("History", "labels", labels)
+        self.transforms = names("History", "transforms", transforms) or ("identity",) * len(self.labels)
+        if len(self.transforms) != len(self.labels):
+            raise ShapeError(f"History: needs one transform a label, got {len(self.transforms)} for {len(self.labels)}.")
+        for name in self.transforms:
+            transform(name)
         self._records: list[Record] = []
         self._trajectory: list[Array] = []
         self._trajectory_step: list[int] = []
@@ -76,12 +83,13 @@ class History:
     @property
     def natural(self) -> Array:
         """(windows, q) the hyperparameters in natural values."""
-        columns = [transform(t).to_natural(u) for t, u in zip(self.transforms, self.phi.T, strict=True)]
+        with np.errstate(over="ignore"):
+            columns = [transform(t).to_natural(u) for t, u in zip(self.transforms, self.phi.T, strict=True)]
         return np.array(columns, np.float64).reshape(len(self.labels), len(self)).T
 
     @property
     def trajectory(self) -> Array:
-        return np.array(self._trajectory, np.float64).reshape(-1, len(self.labels))
+        return np.array(self._trajectory, np.float64).reshape(len(self._trajectory), len(self.labels))
 
     @property
     def trajectory_step(self) -> NDArray[np.int64]:
@@ -94,11 +102,20 @@ class History:
         return np.array(self._trajectory[len(self._trajectory) - m :], np.float64).reshape(m, len(self.labels))
 
     def append(self, record: Record) -> None:
+        if not isinstance(record, Record):
+            raise ShapeError(f"History.append: record must be a Record, got {short(record)}.")
+        for name in _VECTORS:
+            self._check(name, getattr(record, name))
         self._records.append(record)
 
     def observe(self, step: int, h: Array) -> None:
+        self._check("h", h)
         self._trajectory.append(np.array(h))
         self._trajectory_step.append(step)
+
+    def _check(self, name: str, h: Array) -> None:
+        if np.shape(h) != (len(self.labels),):
+            raise ShapeError(f"History: {name} must have shape (q,) = ({len(self.labels)},), got {np.shape(h)}.")
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Every column, the trajectory and the labels: what a file holds."""
@@ -111,15 +128,28 @@ class History:
         """The inverse of `arrays`.
 
         Raises:
-          CheckpointError: a column is missing or has another length than the rest.
+          CheckpointError: a column is missing, has another length than the rest, or holds something else.
         """
+        if not isinstance(arrays, Mapping):
+            raise CheckpointError(f"History: not a history: a dict of arrays was expected, got {short(arrays)}.")
         missing = [n for n in (*Record._fields, *_OTHERS) if n not in arrays]
-        lengths = {len(arrays[n]) for n in Record._fields if n in arrays}
-        if missing or len(lengths) != 1:
-            raise CheckpointError(f"History: not a history: columns missing {missing}, lengths {sorted(lengths)}.")
+        lengths = {np.shape(arrays[n])[:1] for n in Record._fields if n in arrays}
+        rows = {np.shape(arrays[n])[:1] for n in ("trajectory", "trajectory_step") if n in arrays}
+        if missing or len(lengths) != 1 or len(rows) != 1:
+            raise CheckpointError(
+                f"History: not a history: columns missing {missing}, lengths {sorted(lengths)}, of the trajectory "
+                f"{sorted(rows)}."
+            )
+        try:
+            return cls._made(arrays)
+        except (TypeError, ValueError, IndexError, OverflowError) as error:
+            raise CheckpointError(f"History: not a history: {error}.") from error
+
+    @classmethod
+    def _made(cls, arrays: dict[str, NDArray[Any]]) -> History:
         history = cls(*(tuple(str(s) for s in arrays[n]) for n in ("labels", "transforms")))
         kinds: list[Callable[[Any], Any]] = [_SCALARS.get(n, np.array) for n in Record._fields]
-        for i in range(lengths.pop()):
+        for i in range(len(arrays["step"])):
             row = [kind(arrays[n][i]) for kind, n in zip(kinds, Record._fields, strict=True)]
             history.append(Record(*row))
         for step, h in zip(arrays["trajectory_step"], arrays["trajectory"], strict=True):

@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import HyperparameterError, ShapeError, nearest
-from .transforms import EDGES, IDENTITY, LOG, LOGISTIC_EDGES, LOGIT, Transform, box_transform
+from .errors import HyperparameterError, ShapeError, choice, nearest, number, reals, short
+from .transforms import EDGES, IDENTITY, LIMITS, LOG, LOGISTIC_EDGES, LOGISTIC_LIMITS, LOGIT, Transform, box_transform
 
 Array = NDArray[Any]
 
@@ -41,13 +41,20 @@ class Hyperparameter:
     schedule: Literal["linear", "constant"] = "linear"
 
     def __post_init__(self) -> None:
-        value = np.array(self.value, np.float64)
+        if not isinstance(self.transform, Transform):
+            raise HyperparameterError(
+                f"Hyperparameter: transform must be a Transform, got {short(self.transform)}. "
+                f"Use log, logit, identity or box."
+            )
+        value = np.array(reals(self.transform.name, "value", self.value))
         _check_value(value, self.transform)
-        _check_bounds(value, self.bounds, self.transform)
-        _check_knots(value, self.knots, self.schedule)
+        ends = reals(self.transform.name, "bounds", self.bounds, HyperparameterError, "a pair (low, high)")
+        _check_bounds(value, ends, self.transform)
+        knots = _check_knots(value, self.knots, self.schedule)
         value.flags.writeable = False
         object.__setattr__(self, "value", value)
-        object.__setattr__(self, "bounds", (float(self.bounds[0]), float(self.bounds[1])))
+        object.__setattr__(self, "bounds", (float(ends[0]), float(ends[1])))
+        object.__setattr__(self, "knots", knots)
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -82,10 +89,12 @@ def _check_value(value: Array, transform: Transform) -> None:
         )
 
 
-def _check_bounds(value: Array, bounds: tuple[float, float], transform: Transform) -> None:
-    call = transform.name
+def _check_bounds(value: Array, ends: Array, transform: Transform) -> None:
+    call, bounds = transform.name, tuple(ends.tolist()) if ends.ndim == 1 else ends.tolist()
+    if ends.shape != (2,):
+        raise HyperparameterError(f"{call}: bounds must be a pair (low, high), got {short(bounds)}.")
     low, high = bounds
-    if not low < high or math.isnan(low) or math.isnan(high):
+    if not low < high:
         raise HyperparameterError(f"{call}: bounds must be (low, high) with low < high, got {bounds}.")
     if low < transform.low or high > transform.high:
         raise HyperparameterError(f"{call}: bounds must lie within ({transform.low:g}, {transform.high:g}), got {bounds}.")
@@ -95,27 +104,26 @@ def _check_bounds(value: Array, bounds: tuple[float, float], transform: Transfor
         )
 
 
-def _check_knots(value: Array, knots: tuple[int, ...] | None, schedule: str) -> None:
-    if schedule not in ("linear", "constant"):
-        raise HyperparameterError(
-            f"Hyperparameter: schedule must be 'linear' or 'constant', got {schedule!r}."
-            + nearest(str(schedule), ("linear", "constant"))
-        )
+def _check_knots(value: Array, knots: Any, schedule: Any) -> tuple[int, ...] | None:
+    choice("Hyperparameter", "schedule", schedule, ("linear", "constant"))
     if knots is None:
         if value.ndim == 2:
             raise ShapeError(
                 f"Hyperparameter: a value of shape {value.shape} needs knots: {value.shape[0]} inner steps, one a row."
             )
-        return
-    whole = all(isinstance(k, int | np.integer) for k in knots)
-    if not whole or len(knots) == 0 or knots[0] != 0 or any(b <= a for a, b in pairwise(knots)):
+        return None
+    steps = tuple(knots) if isinstance(knots, Iterable) else ()
+    whole = all(isinstance(k, int | np.integer) and not isinstance(k, bool) and k < 2**53 for k in steps)
+    if not steps or not whole or steps[0] != 0 or any(b <= a for a, b in pairwise(steps)):
         raise HyperparameterError(
-            f"Hyperparameter: knots must be increasing whole inner steps, the first one 0, got {knots}."
+            f"Hyperparameter: knots must be increasing whole inner steps, the first one 0, got "
+            f"{short(steps if steps else knots)}."
         )
-    if value.ndim == 0 or value.shape[0] != len(knots):
+    if value.ndim == 0 or value.shape[0] != len(steps):
         raise ShapeError(
-            f"Hyperparameter: {len(knots)} knots need a value with {len(knots)} rows, got shape {value.shape}."
+            f"Hyperparameter: {len(steps)} knots need a value with {len(steps)} rows, got shape {value.shape}."
         )
+    return steps
 
 
 def _make(
@@ -126,20 +134,12 @@ def _make(
     knots: Any,
     schedule: Any,
 ) -> Hyperparameter:
-    try:
-        array = np.array(value, np.float64)
-    except (TypeError, ValueError) as error:
-        raise ShapeError(f"{transform.name}: value must be a number or an array of numbers, got {value!r}.") from error
+    array = reals(transform.name, "value", value)
     if bounds is None:
         finite = array[np.isfinite(array)]
         low, high = default  # widened to admit the start, never narrower than the user's own wish
         bounds = (min(low, finite.min()), max(high, finite.max())) if finite.size else default
-    elif not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise HyperparameterError(f"{transform.name}: bounds must be a pair (low, high), got {bounds!r}.")
-    if knots is not None and not isinstance(knots, Iterable):
-        raise HyperparameterError(f"{transform.name}: knots must be increasing inner steps, got {knots!r}.")
-    knots = None if knots is None else tuple(knots)
-    return Hyperparameter(array, transform, (bounds[0], bounds[1]), knots, schedule)
+    return Hyperparameter(array, transform, bounds, knots, schedule)
 
 
 def log(
@@ -197,9 +197,10 @@ def box(
     schedule: Literal["linear", "constant"] = "linear",
 ) -> Hyperparameter:
     """A hyperparameter that lives strictly between low and high, tuned through a scaled logistic; as `log`."""
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise HyperparameterError(f"box: needs finite low < high, got low={low}, high={high}.")
-    return _make(value, box_transform(float(low), float(high)), (low, high), (low, high), knots, schedule)
+    ends = number("box", "low", low), number("box", "high", high)
+    if not 0 < ends[1] - ends[0] < 1e150:  # the slope squares it
+        raise HyperparameterError(f"box: needs finite low < high, less than 1e150 apart, got low={low}, high={high}.")
+    return _make(value, box_transform(*ends), ends, ends, knots, schedule)
 
 
 class Point(NamedTuple):
@@ -219,6 +220,8 @@ class Space(Mapping[str, Hyperparameter]):
       transforms: the name of each coordinate's transform.
       q: number of coordinates.  phi0: (q,) the start.  low, high: (q,) the box in phi.
       scheduled: whether any value changes with the inner step.
+
+      least, most: (q,) beyond which phi is refused, for the value would leave its domain.  All these are read-only.
 
     Raises:
       HyperparameterError: an entry that was not made by `log`, `logit`, `identity` or `box`.
@@ -243,7 +246,10 @@ class Space(Mapping[str, Hyperparameter]):
         self.q = len(labels)
         self.scheduled = any(h.knots is not None for h in self._entries.values())
         self.low, self.high = (self._bounds(side) for side in (0, 1))
+        self.least, self.most = (self._limits(side) for side in (0, 1))
         self.phi0 = self.phi({name: h.value for name, h in self._entries.items()})
+        for array in (self.low, self.high, self.least, self.most, self.phi0):
+            array.flags.writeable = False
 
     def __getitem__(self, name: str) -> Hyperparameter:
         return self._entries[name]
@@ -267,9 +273,19 @@ class Space(Mapping[str, Hyperparameter]):
                 out[self._slices[name]] = np.clip(edge, *EDGES.get(h.transform.name, LOGISTIC_EDGES))
         return out
 
+    def _limits(self, side: int) -> Array:
+        """(q,) beyond which a value leaves its domain: rounds to the edge, overflows, or with `identity` passes a bound."""
+        out = np.empty(self.q)
+        most = np.finfo(np.float64).max
+        for name, h in self._entries.items():
+            free = h.transform.name == "identity"
+            edge = h.bounds[side] if free else LIMITS.get(h.transform.name, LOGISTIC_LIMITS)[side]
+            out[self._slices[name]] = np.clip(edge, -most, most)
+        return out
+
     def where(self, name: str) -> slice:
         """The coordinates of phi that belong to a name."""
-        if name not in self._slices:
+        if not isinstance(name, str) or name not in self._slices:
             raise HyperparameterError(f"Space: no hyperparameter {name!r}." + nearest(name, self.names))
         return self._slices[name]
 
@@ -281,14 +297,14 @@ class Space(Mapping[str, Hyperparameter]):
           ShapeError: a value has another shape than the start.
         """
         phi = np.empty(self.q)
+        if not isinstance(natural, Mapping):
+            raise HyperparameterError(f"Space.phi: natural must be a dict {{name: value}}, got {short(natural)}.")
         for name in natural:
             self.where(name)
         for name, h in self._entries.items():
             if name not in natural:
                 raise HyperparameterError(f"Space.phi: no value for {name!r}; expected all of {self.names}.")
-            value = np.asarray(natural[name], np.float64)
-            if value.shape != h.value.shape:
-                raise ShapeError(f"Space.phi: {name} must have shape {h.value.shape}, got {value.shape}.")
+            value = self._like(name, natural[name], "Space.phi")
             if not ((value >= h.bounds[0]) & (value <= h.bounds[1])).all():
                 raise HyperparameterError(f"Space.phi: {name} must lie within its bounds {h.bounds}, got {value.tolist()}.")
             with np.errstate(divide="ignore"):
@@ -297,29 +313,45 @@ class Space(Mapping[str, Hyperparameter]):
 
     def replace(self, **natural: ArrayLike) -> Space:
         """The same space with other starts: `space.replace(lr=1e-3)`."""
-        for name in natural:
-            self.where(name)
-        return Space(
-            **{n: replace(h, value=np.asarray(natural[n])) if n in natural else h for n, h in self._entries.items()}
-        )
+        moved = {name: self._like(name, value, "Space.replace") for name, value in natural.items()}
+        return Space(**{n: replace(h, value=moved[n]) if n in moved else h for n, h in self._entries.items()})
+
+    def _like(self, name: str, value: ArrayLike, call: str) -> Array:
+        """`value` as float64 in the shape of the start of that name."""
+        self.where(name)
+        array, shape = reals(call, name, value), self._entries[name].value.shape
+        if array.shape != shape:
+            raise ShapeError(f"{call}: {name} must have shape {shape}, got {array.shape}.")
+        return array
 
     def check(self, phi: ArrayLike, call: str) -> Array:
-        """phi as (q,) float64, or an error that names the call."""
-        try:
-            phi = np.asarray(phi, np.float64)
-        except (TypeError, ValueError):
-            raise ShapeError(f"{call}: phi must be (q,) numbers, got {phi!r}. Start from space.phi0.") from None
+        """phi as (q,) float64 within `least`..`most`, or an error that names the call."""
+        phi = self._flat(phi, call)
+        if not ((phi >= self.least) & (phi <= self.most)).all():
+            self._outside(phi, call)
+        return phi
+
+    def _flat(self, phi: ArrayLike, call: str) -> Array:
+        if not (type(phi) is np.ndarray and phi.dtype == np.float64):
+            phi = reals(call, "phi", phi, want="(q,) numbers")
         if phi.shape != (self.q,):
             raise ShapeError(
                 f"{call}: phi must have shape (q,) = ({self.q},) for {self.names}, got {phi.shape}. Start from space.phi0."
             )
-        if not np.isfinite(phi).all():
-            raise HyperparameterError(f"{call}: phi must be finite, got {phi.tolist()}.")
         return phi
 
+    def _outside(self, phi: Array, call: str) -> None:
+        if not np.isfinite(phi).all():
+            raise HyperparameterError(f"{call}: phi must be finite, got {phi.tolist()}.")
+        j = int(np.flatnonzero((phi < self.least) | (phi > self.most))[0])
+        raise HyperparameterError(
+            f"{call}: phi[{j}] of {self.labels[j]} must lie in {self.least[j]:g}..{self.most[j]:g}, got {phi[j]:g}. "
+            f"space.clip(phi) is the nearest point within the bounds."
+        )
+
     def clip(self, phi: Array) -> Array:
-        """(q,) the nearest point within the bounds."""
-        return np.clip(phi, self.low, self.high)
+        """(q,) the nearest point within the bounds; NaN stays."""
+        return np.clip(self._flat(phi, "Space.clip"), self.low, self.high)
 
     def natural(self, phi: ArrayLike) -> dict[str, Any]:
         """`{name: value}` of phi (q,), each in the shape of its start (a float where that is a scalar), in bounds."""
@@ -338,7 +370,8 @@ class Space(Mapping[str, Hyperparameter]):
     def gradient(self, phi: Array, grad: Array) -> dict[str, Any]:
         """`{name: dE / d natural}` from a gradient (q,) with respect to phi."""
         slopes = self.slopes(phi)
-        return {n: _scalar(grad[self._slices[n]].reshape(s.shape) / s) for n, s in slopes.items()}
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # at an edge, or where training diverged
+            return {n: _scalar(grad[self._slices[n]].reshape(s.shape) / s) for n, s in slopes.items()}
 
     def at(self, phi: Array, t: int) -> Point:
         """Values and seeds at inner step t: the schedule's knots weighed, the transform's slope in the seeds.

@@ -54,6 +54,11 @@ def require(call: str, run: Any, error: type[KoopmanHPOError] = AdapterError) ->
         )
 
 
+def random_directions(run: Inner) -> bool:
+    """Whether the tangents follow random directions, so that hypergradients are estimates."""
+    return getattr(run, "directions", None) is not None
+
+
 def _make(problem: Problem, space: Space, rule: Rule, fixed: Mapping[str, Value], options: Mapping[str, Any]) -> CoreInner:
     checks.options(f"inner.{rule.name}", rule, options)
     return CoreInner(problem, space, rule, fixed, **options)

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
+
+from .errors import flag
 
 
 class Dual(NamedTuple):
@@ -76,18 +78,27 @@ _LION_ROWS: tuple[Row, ...] = ("lr", "beta1", _B1_LEFT, "beta2", _B2_LEFT, "weig
 
 
 class Domain(NamedTuple):
-    """Where a hyperparameter may lie: `low <= x < high`, or `low < x` where `open_low`."""
+    """Where a hyperparameter may lie: `low <= x < high`; `low < x` where `open_low`, `x <= high` where `closed_high`."""
 
     low: float
     high: float
     open_low: bool = False
+    closed_high: bool = False
+
+    def of(self, dtype: DTypeLike) -> Domain:
+        """The same in a run of float32 or float64: what must not be zero does not round to it."""
+        if not self.open_low or np.dtype(dtype) == np.float64:
+            return self
+        return self._replace(low=float(np.finfo(dtype).smallest_normal), open_low=False)
 
     def holds(self, x: NDArray) -> bool:
         above = x > self.low if self.open_low else x >= self.low
-        return bool((above & (x < self.high) & np.isfinite(x)).all())
+        below = x <= self.high if self.closed_high else x < self.high
+        return bool((above & below & np.isfinite(x)).all())
 
     def __str__(self) -> str:
-        return f"{self.low:g} {'<' if self.open_low else '<='} value < {self.high:g}"
+        left, right = "<" if self.open_low else "<=", "<=" if self.closed_high else "<"
+        return f"{self.low:g} {left} value {right} {self.high:g}"
 
 
 POSITIVE = Domain(0.0, math.inf, open_low=True)
@@ -132,6 +143,7 @@ _ADAM = {"lr": POSITIVE, "beta1": FRACTION, "beta2": FRACTION, "eps": POSITIVE, 
 
 
 def sgd(nesterov: bool) -> Rule:
+    nesterov = flag("inner.sgd", "nesterov", nesterov)
     return Rule(
         "sgd",
         "sgd",
@@ -160,6 +172,7 @@ def adam(decoupled: bool) -> Rule:
 
 
 def rmsprop(centered: bool) -> Rule:
+    centered = flag("inner.rmsprop", "centered", centered)
     return Rule(
         "rmsprop",
         "rmsprop",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import HyperparameterError
+from .errors import number
 
 Array = NDArray[Any]
 
@@ -44,21 +44,25 @@ def _init(q: int) -> OuterState:
 
 
 def _check(call: str, lr: float | None, clip: float, **fractions: float) -> None:
-    if lr is not None and not (math.isfinite(lr) and lr > 0):
-        raise HyperparameterError(f"outer.{call}: lr must be positive or None, got {lr!r}.")
-    if not clip > 0:
-        raise HyperparameterError(f"outer.{call}: clip must be positive, got {clip!r}.")
+    if lr is not None:
+        number(f"outer.{call}", "lr", lr, "positive and finite, or None", 0.0, math.inf, open_low=True, open_high=True)
+    number(f"outer.{call}", "clip", clip, "positive", 0.0, open_low=True)
     for name, x in fractions.items():
-        if not 0 <= x < 1:
-            raise HyperparameterError(f"outer.{call}: {name} needs 0 <= {name} < 1, got {x!r}.")
+        number(f"outer.{call}", name, x, f"a number with 0 <= {name} < 1", 0.0, 1.0, open_high=True)
+
+
+def _tame(h: Array) -> Array:
+    """h (q,) with finite squares: an explosion must not stay in the moments for good."""
+    return np.clip(h, -1e150, 1e150)
 
 
 def adam(lr: float | None = None, *, b1: float = 0.3, b2: float = 0.9, eps: float = 1e-12, clip: float = 2.0) -> Outer:
     """Adam with short memory: few outer steps are taken, and the hypergradient's scale changes by decades."""
     _check("adam", lr, clip, b1=b1, b2=b2)
+    number("outer.adam", "eps", eps, "positive and finite", 0.0, math.inf, open_low=True, open_high=True)
 
     def update(h: Array, state: OuterState, lr: float) -> tuple[Array, OuterState]:
-        count = state.steps + 1
+        h, count = _tame(h), state.steps + 1
         mean = b1 * state.mean + (1 - b1) * h
         square = b2 * state.square + (1 - b2) * h * h
         root = np.sqrt(square / (1 - b2**count))
@@ -73,7 +77,7 @@ def sgd(lr: float | None = None, *, momentum: float = 0.0, clip: float = 2.0) ->
     _check("sgd", lr, clip, momentum=momentum)
 
     def update(h: Array, state: OuterState, lr: float) -> tuple[Array, OuterState]:
-        mean = momentum * state.mean + h
+        mean = momentum * state.mean + _tame(h)
         return np.clip(lr * mean, -clip * lr, clip * lr), OuterState(mean, state.square, state.steps + 1)
 
     return Outer("sgd", _init, update, lr, f"momentum={momentum}, clip={clip}")

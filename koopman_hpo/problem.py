@@ -7,14 +7,15 @@ model is ever seen by the engine: no framework, no layers, no containers.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import AdapterError, ShapeError
+from .errors import AdapterError, ShapeError, names, reals, short
 
 Array = NDArray[Any]
 Hyper = Mapping[str, Any]
@@ -58,6 +59,12 @@ class Problem:
       outer_hvp: `(theta (p,), hyper, V (n, p), batch) -> (n, p)`, Hessian of the outer loss times each row of V;
         None: central differences of `outer` are used where it is needed.
       note: how the derivatives were made, where that is worth knowing (`"exact"`, `"central differences, ..."`).
+      name: what tells this model from others of its size, for checkpoints: architecture and fixed terms of the loss.
+      domains: `{name: (low, high)}` of loss hyperparameters that may not lie anywhere: natural values, both ends allowed.
+
+    Raises:
+      ShapeError: params or segments make no sense.
+      AdapterError: a function is none, or hyper is no collection of names.
     """
 
     params: Array
@@ -67,29 +74,50 @@ class Problem:
     segments: tuple[int, ...] | None = None
     outer_hvp: Callable[[Array, Hyper, Array, Any], Array] | None = None
     note: str = "exact"
+    domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    name: str = ""
 
     def __post_init__(self) -> None:
-        params = np.asarray(self.params)
-        if params.ndim != 1 or params.size == 0 or params.dtype not in (np.float32, np.float64):
-            raise ShapeError(
-                f"Problem: params must be one flat array (p,) of float32 or float64 with p >= 1, got shape "
-                f"{params.shape} of {params.dtype}. Concatenate the layers with np.concatenate([w.ravel() for w in ...])."
-            )
-        if not np.isfinite(params).all():
-            bad = int(np.flatnonzero(~np.isfinite(params))[0])
-            raise ShapeError(
-                f"Problem: params must be finite, got {params[bad]} at index {bad}. Check the model's initialisation."
-            )
-        segments = (params.size,) if self.segments is None else tuple(int(n) for n in self.segments)
-        if sum(segments) != params.size or min(segments) < 1:
-            raise ShapeError(
-                f"Problem: segments must be positive lengths that sum to p = {params.size}, got {segments} "
-                f"with sum {sum(segments)}."
-            )
-        for name in ("grad_jvp", "outer"):
-            if not callable(getattr(self, name)):
-                raise AdapterError(f"Problem: {name} must be a function, got {getattr(self, name)!r}.")
+        params = _params(self.params)
+        segments = _segments(self.segments, params.size)
+        for name in ("grad_jvp", "outer", "outer_hvp"):
+            function = getattr(self, name)
+            if not callable(function) and (name != "outer_hvp" or function is not None):
+                raise AdapterError(f"Problem: {name} must be a function, got {short(function)}.")
         object.__setattr__(self, "params", params)
         object.__setattr__(self, "segments", segments)
         if self.hyper is not None:
-            object.__setattr__(self, "hyper", frozenset(self.hyper))
+            object.__setattr__(self, "hyper", frozenset(names("Problem", "hyper", self.hyper, AdapterError)))
+
+
+def _params(given: Any) -> Array:
+    """A copy, read-only: what becomes of the caller's array later is no matter."""
+    reals("Problem", "params", given, want="one flat array (p,) of float32 or float64")
+    params = np.asarray(given)
+    if params.ndim != 1 or params.size == 0 or params.dtype not in (np.float32, np.float64):
+        raise ShapeError(
+            f"Problem: params must be one flat array (p,) of float32 or float64 with p >= 1, got shape "
+            f"{params.shape} of {params.dtype}. Concatenate the layers with np.concatenate([w.ravel() for w in ...])."
+        )
+    if not np.isfinite(params).all():
+        bad = int(np.flatnonzero(~np.isfinite(params))[0])
+        raise ShapeError(
+            f"Problem: params must be finite, got {params[bad]} at index {bad}. Check the model's initialisation."
+        )
+    params = np.array(params)
+    params.flags.writeable = False
+    return params
+
+
+def _segments(given: Any, p: int) -> tuple[int, ...]:
+    if given is None:
+        return (p,)
+    try:
+        segments = tuple(operator.index(n) for n in given)
+    except TypeError:
+        raise ShapeError(f"Problem: segments must be whole lengths of layers, got {short(given)}.") from None
+    if sum(segments) != p or min(segments) < 1:
+        raise ShapeError(
+            f"Problem: segments must be positive lengths that sum to p = {p}, got {segments} with sum {sum(segments)}."
+        )
+    return segments

@@ -12,15 +12,17 @@ from .history import History
 ROWS, COORDINATES = 12, 4  # shown in the table
 
 
-def main(path: Path, out: Path) -> int:
-    """Read, draw, print.
+def main(path: Path, out: Path | None = None) -> int:
+    """Read, draw, print; the figure goes to `out`, by default the history's name with .png.
 
     Raises:
-      CheckpointError: the file is no history, or one without a window.
+      CheckpointError: the file is no history, or one without a window; or `out` is no picture that can be written.
     """
     from koopman_hpo_adapters.plot import figure
 
     history = History.load(path)
+    out = path.with_suffix(".png") if out is None else out
+    _check(path, out)
     if not len(history):
         raise CheckpointError(f"{path} holds a history without a window: nothing to show.")
     drawn = figure(history)
@@ -28,6 +30,20 @@ def main(path: Path, out: Path) -> int:
     drawn.savefig(out, dpi=200)
     print(f"figure: {out}")
     return 0
+
+
+def _check(path: Path, out: Path) -> None:
+    """Refuse a figure that cannot be written, before anything is drawn."""
+    from matplotlib.figure import Figure
+
+    kinds = Figure().canvas.get_supported_filetypes()
+    if out.is_dir() or not out.parent.is_dir():
+        wrong = "is a directory" if out.is_dir() else f"lies in {out.parent}, which does not exist"
+        raise CheckpointError(f"the figure {out} {wrong}. Name a file with --out.")
+    if out.exists() and out.samefile(path):
+        raise CheckpointError(f"the figure would overwrite the history {path}. Name another file with --out.")
+    if out.suffix.removeprefix(".").lower() not in kinds:
+        raise CheckpointError(f"the figure {out} must end in one of {', '.join(sorted(kinds))}. Name one with --out.")
 
 
 def _print(history: History) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from .errors import CheckpointError, HyperparameterError
 from .guard import Guard
@@ -27,10 +25,6 @@ def strategy(value: Any) -> None:
 
 
 def check(tuner: Tuner) -> None:
-    whole = {"steps": tuner.steps, "window": tuner.window, "runs": tuner.runs}
-    for name, n in (whole | ({} if tuner.every is None else {"every": tuner.every})).items():
-        if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
-            raise HyperparameterError(f"Tuner: {name} must be a whole number of at least 1, got {n!r}.")
     require("Tuner", tuner.inner, HyperparameterError)
     if tuner.inner.space.q == 0:
         raise HyperparameterError("Tuner: the space is empty, so there is nothing to tune.")
@@ -46,20 +40,20 @@ def check(tuner: Tuner) -> None:
     longest = tuner.window if tuner.mode == "online" else tuner.steps
     if tuner.every is not None and tuner.every > longest:
         raise HyperparameterError(f"Tuner: every={tuner.every} records nothing in a window of {longest} steps.")
-    if not isinstance(tuner.forget, int | float | np.number) or not 0 <= tuner.forget <= 1:
-        raise HyperparameterError(f"Tuner: forget must lie in [0, 1], got {tuner.forget!r}.")
 
 
-def parts(outer: Any, guard: Any, callbacks: Any, space: Space) -> None:
-    """What a tuner is put together from."""
+def parts(outer: Any, guard: Any, callbacks: Any, space: Space) -> tuple[Callable[[Tuner], None], ...]:
+    """What a tuner is put together from; returns the callbacks, which may come from a generator."""
     if not isinstance(outer, Outer):
         raise HyperparameterError(f"Tuner: outer must be outer.adam(), outer.sgd() or outer.sign(), got {outer!r}.")
     if not (guard is None or isinstance(guard, Guard)):
         raise HyperparameterError(f"Tuner: guard must be Guard(...) or None, got {guard!r}.")
-    if not isinstance(callbacks, Iterable) or not all(callable(c) for c in callbacks):
+    calls = tuple(callbacks) if isinstance(callbacks, Iterable) else (None,)
+    if not all(callable(c) for c in calls):
         raise HyperparameterError(f"Tuner: callbacks must be a list of functions of the tuner, got {callbacks!r}.")
     for name in guard.shrink_names if guard is not None and guard.shrink_names != Guard().shrink_names else ():
         space.where(name)
+    return calls
 
 
 def of(tuner: Tuner) -> dict[str, Any]:
@@ -73,10 +67,17 @@ def of(tuner: Tuner) -> dict[str, Any]:
         "space": space,
         "labels": list(tuner.inner.space.labels),
         "inner": str(getattr(tuner.inner, "settings", type(tuner.inner).__name__)),
-        "strategy": repr(tuner.strategy),
+        "strategy": _described(tuner.strategy),
         "guard": repr(tuner.guard),
         "outer": f"{tuner.outer.name}(lr={tuner.outer.lr}, {tuner.outer.settings})",
     }
+
+
+def _described(thing: Any) -> str:
+    """Its repr, or its type and attributes where the repr is an address."""
+    if type(thing).__repr__ is not object.__repr__:
+        return repr(thing)
+    return f"{type(thing).__qualname__}({', '.join(f'{k}={v!r}' for k, v in sorted(vars(thing).items()))})"
 
 
 def same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

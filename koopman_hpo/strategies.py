@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import koopman
-from .errors import HyperparameterError, nearest
+from .errors import HyperparameterError, choice, number, whole
 from .koopman import Forecast
 
 Array = NDArray[Any]
@@ -34,6 +34,14 @@ class Strategy(Protocol):
     def estimate(self, H: Array, ahead: int) -> Forecast: ...
 
 
+def _check(strategy: Strategy) -> None:
+    """Refuse settings that no tuner can work with."""
+    call = type(strategy).__name__
+    choice(call, "mode", strategy.mode, ("online", "restart"))
+    whole(call, "snapshots", strategy.snapshots)
+    number(call, "cut", strategy.cut, "a share of the horizon in (0, 1]", 0.0, 1.0, open_low=True)
+
+
 def _last(H: Array, reason: str) -> Forecast:
     return replace(koopman.extrapolate(H[-1:], 0, method="last"), accepted=True, reason=reason)
 
@@ -45,6 +53,9 @@ class Local:
     mode: Mode = "online"
     snapshots: int = 1
     cut: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def estimate(self, H: Array, ahead: int) -> Forecast:
         """The last of the snapshots H (m, q), whatever lies ahead."""
@@ -60,6 +71,7 @@ class Global:
     cut: float = 1.0
 
     def __post_init__(self) -> None:
+        _check(self)
         if self.mode != "restart" or self.cut != 1.0:
             raise HyperparameterError(
                 "Global: needs whole runs, mode='restart' and cut=1. For one pass take Local or Glocal."
@@ -88,16 +100,13 @@ class Glocal:
     cut: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.method not in koopman.METHODS:
-            raise HyperparameterError(
-                f"Glocal: method must be one of {koopman.METHODS}, got {self.method!r}."
-                + nearest(self.method, koopman.METHODS)
-            )
-        if not self.clip > 0 or self.snapshots < 1:
-            raise HyperparameterError(f"Glocal: needs clip > 0 and snapshots >= 1, got {self}.")
+        _check(self)
+        choice("Glocal", "method", self.method, koopman.METHODS)
+        number("Glocal", "clip", self.clip, "a number > 0", 0.0, open_low=True)
 
     def estimate(self, H: Array, ahead: int) -> Forecast:
         """Extrapolate the snapshots H (m, q) by `ahead` more, clipped."""
         forecast = koopman.extrapolate(H, ahead, method=self.method)
-        limit = self.clip * np.abs(H).max(axis=0)
+        with np.errstate(over="ignore"):
+            limit = self.clip * np.abs(H).max(axis=0)
         return replace(forecast, value=np.clip(forecast.value, -limit, limit))

@@ -11,10 +11,12 @@ import numpy as np
 from scipy.special import expit
 from scipy.special import logit as _logit
 
-from .errors import HyperparameterError, nearest
+from .errors import HyperparameterError, nearest, short
 
 EDGES = {"log": (-690.0, 690.0), "identity": (-math.inf, math.inf)}  # exp stays finite
 LOGISTIC_EDGES = (-30.0, 30.0)  # of logit and box: 1 - x stays above 1e-13
+LIMITS = {"log": (-700.0, 700.0)}  # of what is refused: a little beyond, for differences at an edge
+LOGISTIC_LIMITS = (-33.0, 33.0)
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,13 @@ def transform(name: str) -> Transform:
       HyperparameterError: there is none.
     """
     simple = {t.name: t for t in (LOG, LOGIT, IDENTITY)}
-    if name in simple:
+    if isinstance(name, str) and name in simple:
         return simple[name]
     try:
-        low, high = (float(x) for x in name.removeprefix("box(").removesuffix(")").split(","))
+        ends = str(name).removeprefix("box(").removesuffix(")")
+        low, high = (float(x) for x in ends.split(","))
     except ValueError:
-        raise HyperparameterError(f"transform: no transform {name!r}." + nearest(name, simple)) from None
+        low = high = math.nan
+    if name != f"box({ends})" or not -math.inf < low < high < math.inf:
+        raise HyperparameterError(f"transform: no transform {short(name)}." + nearest(name, simple))
     return box_transform(low, high)

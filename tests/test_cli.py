@@ -1,7 +1,9 @@
 """The commands: what they print and write, what they refuse, and what importing the library must not load."""
 
 import importlib.util
+import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,11 +66,43 @@ def test_demo_refuses_an_impossible_rate(lr, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--random", "-1"], ["--steps", "x"]])
-def test_demo_refuses_impossible_counts(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["demo", "--steps", "0"], "argument --steps: must be a whole number of at least 1, got 0"),
+        (["demo", "--steps", "1e3"], "argument --steps: must be a whole number, got '1e3'"),
+        (["demo", "--steps", str(2**63)], "argument --steps: must be a whole number"),
+        (["demo", "--random", "-1"], "argument --random: must be a whole number of at least 0, got -1"),
+        (["demo", "--seed", "-1"], "argument --seed: must be a whole number of at least 0, got -1"),
+        (["demo", "--seed", "1.5"], "argument --seed: must be a whole number, got '1.5'"),
+        (["demo", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["demo", "--out", ""], "argument --out: must be a path, got an empty one"),
+        (["report", ""], "argument history: must be a path, got an empty one"),
+        (["report", "a\0b"], "argument history: must be a path"),
+        (["report"], "required: history"),
+        (["reprot"], "invalid choice: 'reprot'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(arguments, says, capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["demo", *arguments])
-    assert "argument" in capsys.readouterr().err
+        cli.main(arguments)
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+
+
+def test_demo_refuses_a_folder_that_is_a_file(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    assert cli.main(["demo", "--out", str(file)]) == 2
+    assert capsys.readouterr().err == f"koopman-hpo demo: {file} is a file; name a folder with --out\n"
+
+
+def test_demo_refuses_a_folder_that_it_cannot_write(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+    assert "not writable" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
@@ -87,6 +121,46 @@ def test_report_draws_a_saved_history(demo, tmp_path, capsys):
     assert out.stat().st_size > 50_000
     said = capsys.readouterr().out
     assert "0.001" in said
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("figure.xyz", "must end in one of"),
+        ("figure", "must end in one of"),
+        (".", "is a directory"),
+        ("nowhere/figure.png", "which does not exist"),
+        ("history.npz", "would overwrite the history"),
+        ("same.png", "would overwrite the history"),
+    ],
+)
+def test_report_refuses_a_figure_that_cannot_be_written_and_writes_nothing(out, says, demo, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Path(shutil.copy(demo[0] / "history.npz", "history.npz"))
+    Path("same.png").symlink_to(file)
+    before = file.read_bytes()
+    assert cli.main(["report", str(file), "--out", out]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("koopman-hpo report: the figure ")
+    assert says in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert file.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["history.npz", "same.png"]
+
+
+def test_report_does_not_overwrite_a_history_named_like_a_figure(demo, tmp_path, capsys):
+    file = Path(shutil.copy(demo[0] / "history.npz", tmp_path / "history.png"))
+    before = file.read_bytes()
+    assert cli.main(["report", str(file)]) == 2
+    assert "would overwrite the history" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
+def test_report_of_a_folder_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", "."]) == 2
+    assert "Is a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, b"no archive", b""])

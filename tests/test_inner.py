@@ -1,5 +1,7 @@
 """The inner run: contract, snapshots, forgetting, linearisation, and what it refuses before anything moves."""
 
+import copy
+
 import numpy as np
 import pytest
 import toys
@@ -85,6 +87,75 @@ def test_a_restored_run_forgets_the_phi_and_directions_it_had():
     run.restore(saved)
     run.run(elsewhere, BATCHES[:1], VAL)
     assert same(state(run), want)
+
+
+@pytest.mark.parametrize("options", [{}, {"directions": 2, "seed": 3}])
+def test_a_copy_is_a_run_of_its_own(options):
+    one, still = make(**options), make(**options)
+    two = copy.deepcopy(one)
+    want = one.run(SPACE.phi0, BATCHES, VAL)
+    got = two.run(SPACE.phi0, BATCHES, VAL)
+    assert np.array_equal(got[0], want[0])
+    assert np.array_equal(got[1], want[1])
+    assert not np.array_equal(two.params, still.params)
+    two.step(SPACE.phi0, BATCHES[0], tangents=False)
+    assert not np.array_equal(two.params, one.params)
+
+
+def test_a_refused_batch_leaves_phi_alone():
+    run = make()
+    run.step(SPACE.phi0, BATCHES[0])
+    with pytest.raises(TypeError):
+        run.step(SPACE.phi0 + 1, None)
+    assert np.array_equal(run.phi, SPACE.phi0)
+    run.step(SPACE.phi0 + 1, BATCHES[0])
+    assert np.array_equal(run.phi, SPACE.phi0 + 1)
+
+
+def test_a_column_is_no_phi_the_second_time_either():
+    run = make()
+    run.step(SPACE.phi0, BATCHES[0])
+    with pytest.raises(ShapeError, match="phi"):
+        run.step(SPACE.phi0[:, None], BATCHES[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.pop("t"),
+        lambda s: s.pop("rng"),
+        lambda s: s.update(t=np.array("later")),
+        lambda s: s.update(t=np.array([1, 2])),
+        lambda s: s.update(rng=np.array("{}")),
+        lambda s: s.update(rng=np.array(3)),
+        lambda s: s.update(theta=s["theta"].astype(np.float32)),
+        lambda s: s.update(directions=s["directions"][:1]),
+        lambda s: s.update(phi=[0.0, 0.0, 0.0]),
+    ],
+)
+def test_a_snapshot_that_does_not_fit_moves_nothing(change):
+    run, other = make(directions=2), make(directions=2, seed=1)
+    other.run(SPACE.phi0 + 0.1, BATCHES, VAL)
+    before, snapshot = state(run), other.snapshot()
+    change(snapshot)
+    with pytest.raises(ShapeError, match=r"inner.restore"):
+        run.restore(snapshot)
+    assert same(state(run), before)
+
+
+def test_a_reused_buffer_does_not_spoil_the_outer_hessian():
+    good, buffer = toys.logistic(np.ones(5)), np.empty(5)
+
+    def outer(theta, hyper, batch):
+        value, dE, direct = good.outer(theta, hyper, batch)
+        buffer[:] = dE
+        return value, buffer, direct
+
+    V = np.random.default_rng(0).normal(size=(2, 5))
+    got = inner.sgd(Problem(good.params, good.grad_jvp, outer), SPACE).linearise(BATCHES[0], VAL).outer_hvp(V)
+    want = inner.sgd(Problem(good.params, good.grad_jvp, good.outer), SPACE).linearise(BATCHES[0], VAL).outer_hvp(V)
+    assert np.array_equal(got, want)
+    assert np.abs(want).max() > 1e-3
 
 
 def test_snapshots_do_not_move_with_the_run():
@@ -248,6 +319,8 @@ FREE = Problem(np.ones(5), P.grad_jvp, P.outer)
         (lambda: make().forget(1.5), HyperparameterError, "rho"),
         (lambda: make().run(SPACE.phi0, BATCHES, VAL, every=0), HyperparameterError, "every"),
         (lambda: make().restore({}), ShapeError, "another model"),
+        (lambda: make().restore(None), ShapeError, "what snapshot"),
+        (lambda: make().restore(make(directions=3).snapshot()), ShapeError, "random directions"),
         (lambda: make().restore(make(Space(lr=log(0.1))).snapshot()), ShapeError, "another model"),
         (lambda: make().linearise(BATCHES[0]).hvp(np.ones(5)), ShapeError, r"\(n, p\)"),
         (lambda: hypergradient(make(), [], VAL), ShapeError, "empty"),

@@ -35,7 +35,6 @@ def with_nan(shape, where):
         (with_nan((20, 3), (0, 0)), "snapshot 0"),
         (with_nan((20, 300), (19, 299)), "snapshot 19"),
         (np.where(np.arange(20)[:, None] == 5, np.inf, np.ones((20, 300))), "snapshot 5"),
-        (np.arange(20)[:, None] * 1e200, "below 1e150"),
     ],
 )
 def test_a_bad_trajectory_is_refused_by_name(call, snapshots, says):
@@ -55,12 +54,12 @@ def test_one_snapshot_that_is_not_finite_is_refused():
         ({"rank": 0}, "rank"),
         ({"rank": 50}, r"min\(d q, m - d - 1\)"),
         ({"rank": 16, "delays": 5}, r"min\(d q, m - d - 1\)"),
-        ({"rank": 2.0}, "integer"),
+        ({"rank": 2.0}, "whole"),
         ({"rank": "bic"}, "auto"),
         ({"delays": 0}, "1..18"),
         ({"delays": 19}, "1..18"),
         ({"delays": -1, "rank": 2}, "1..18"),
-        ({"delays": "many"}, "integer"),
+        ({"delays": "many"}, "whole"),
         ({"modes": "stationery"}, "Did you mean 'stationary'"),
         ({"growth": 0.0}, "growth"),
         ({"growth": np.nan}, "growth"),

@@ -330,7 +330,7 @@ def test_features_of_any_real_dtype_and_layout_are_taken():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_activations_let_nan_through_and_saturate_at_infinity(activation, dtype):
     model = mlp((1, 1, 1), activation=activation, loss="squared_error", params=[1.0, 0.0, 1.0, 0.0], dtype=dtype)
-    at_nan, high, low = model.predict(model.params, np.array([[np.nan], [np.inf], [-np.inf]]))[:, 0]
+    at_nan, high, low = model.ready.network.outputs(model.params, np.array([[np.nan], [np.inf], [-np.inf]]))[:, 0]
     assert np.isnan(at_nan)
     assert (high, low) == ((1, -1) if activation == "tanh" else (np.inf, 0))
 

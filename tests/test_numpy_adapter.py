@@ -215,7 +215,7 @@ GRADS = {
     r"got 3 values": lambda th, hyper, b: (1.0, th, th),
     r"grad: loss must be one real number, got shape \(3,\)": lambda th, hyper, b: (th, th),
     r"got shape \(1,\)": lambda th, hyper, b: (th[:1], th),
-    r"of complex128": lambda th, hyper, b: (1j, th),
+    r"of dtype complex128": lambda th, hyper, b: (1j, th),
     r"grad: g must be an array of shape \(3,\).* got \(2,\)": lambda th, hyper, b: (1.0, th[:2]),
     r"got \(3, 1\)": lambda th, hyper, b: (1.0, th[:, None]),
     r"of float32": lambda th, hyper, b: (1.0, th.astype(np.float32)),

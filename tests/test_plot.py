@@ -10,6 +10,7 @@ from koopman_hpo_adapters.numpy import mlp
 from matplotlib.figure import Figure
 
 from koopman_hpo import Glocal, History, Local, ShapeError, Space, Tuner, identity, inner, log, logit
+from koopman_hpo.history import Record
 
 RNG = np.random.default_rng(0)
 BATCH = RNG.normal(size=(20, 4)), RNG.integers(0, 3, 20)
@@ -76,6 +77,40 @@ def test_comparison_curves_and_what_lies_behind_them(tmp_path):
 def test_an_empty_history_is_refused():
     with pytest.raises(ShapeError, match="no window"):
         plot.figure(History(("lr",)))
+
+
+@pytest.mark.parametrize("history", [None, History(()), []])
+def test_what_is_no_history_of_coordinates_is_refused(history):
+    if isinstance(history, History):
+        history.append(record(np.empty(0)))
+    with pytest.raises(ShapeError, match=r"must be a History|no coordinate"):
+        plot.figure(history)
+
+
+def record(x, step=1):
+    """Of a window in which everything is x (q,)."""
+    value = float(x[0]) if x.size else 0.0
+    return Record(step, step, x, x, x, x, x, x, value, value, True, "last", "", "")
+
+
+@pytest.mark.parametrize("transform", ["log", "logit", "identity"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e308, -1e308, 1e-320, 0.0])
+def test_values_that_no_axis_could_hold_are_left_out(value, transform, tmp_path):
+    history = History(("a", "b"), (transform, transform))
+    for step in (25, 50):
+        history.append(record(np.array([value, 1.0]), step))
+    for step in range(1, 51):
+        history.observe(step, np.array([value, np.sin(step)]))
+    plot.figure(history, background=[([1, 2], [value, value])]).savefig(tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "curves", [None, {"a": 5}, {"a": ([1, 2], [1.0])}, {"a": (["x"], [1.0])}, {"a": ([1], [1.0], [1.0])}]
+)
+def test_a_curve_that_is_none_is_refused(curves):
+    with pytest.raises(ShapeError, match=r"plot\.losses: curve"):
+        plot.losses(Figure().subplots(), curves)
 
 
 def test_losses_at_or_below_zero_take_a_linear_axis():

@@ -8,7 +8,7 @@ import pytest
 from koopman_hpo_adapters.numpy import softmax_regression
 from koopman_hpo_adapters.progress import Progress, bar, describe
 
-from koopman_hpo import Local, Space, Tuner, inner, log, logit
+from koopman_hpo import HyperparameterError, Local, Space, Tuner, inner, log, logit
 
 RNG = np.random.default_rng(0)
 BATCH = RNG.normal(size=(12, 3)), RNG.integers(0, 2, 12)
@@ -75,3 +75,9 @@ def test_closing_twice_is_harmless(label):
     progress = Progress(label)
     progress.close()
     progress.close()
+
+
+@pytest.mark.parametrize("total", [-1, 2.5, "a", None, True])
+def test_a_total_that_is_no_count_is_refused(total):
+    with pytest.raises(HyperparameterError, match=r"progress\.bar: total must be a whole number of at least 0"):
+        bar(total)

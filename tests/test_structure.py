@@ -10,15 +10,19 @@ import koopman_hpo
 ROOT = Path(koopman_hpo.__file__).parent
 LAYERS = [
     {"errors"},
-    {"kernels", "files", "transforms"},
+    {"kernels", "files", "transforms", "snapshots"},
     {"problem", "hyperparameters"},
     {"optimizers", "tangent", "batches"},
     {"checks"},
     {"engine"},
     {"inner"},
     {"koopman", "outer", "exact"},
+    {"krylov"},
     {"guard", "strategies", "history"},
+    {"state"},
     {"settings", "modes"},
+    {"closing", "resume"},
+    {"final"},
     {"tuner"},
     {"checkpoint"},
 ]

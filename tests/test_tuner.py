@@ -1,10 +1,12 @@
 """The outer loop: updates, guard, modes, resume, and what it refuses."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import toys
+from koopman_hpo_adapters.numpy import mlp
 
 from koopman_hpo import (
     CheckpointError,
@@ -27,6 +29,7 @@ from koopman_hpo import (
     outer,
 )
 from koopman_hpo.guard import coherence, flips
+from koopman_hpo.outer import Outer
 
 BATCHES, VAL = toys.batches(1, 40), [toys.data(7)]
 SPACE = Space(lr=log(0.01), momentum=logit(0.8), l2=log(0.1))
@@ -143,6 +146,11 @@ class Spy:
     def estimate(self, H, ahead):
         self.asked.append((len(H), ahead))
         return Local().estimate(H, 0)
+
+
+class Forgetful(Spy):
+    def estimate(self, H, ahead):
+        return H[-1]
 
 
 def test_a_strategy_is_told_how_far_the_end_is():
@@ -279,7 +287,7 @@ def test_a_refused_validation_batch_leaves_the_window_open():
         tuner.step(BATCHES[t], VAL[0])
     with pytest.raises(TypeError, match="unpack"):
         tuner.step(BATCHES[19], None)
-    assert (tuner.used, tuner.progress.done, len(tuner.history)) == (19, 19, 0)
+    assert (tuner.used, tuner.state.window.done, len(tuner.history)) == (19, 19, 0)
     tuner.step(BATCHES[19], VAL[0])
     assert len(tuner.history) == 1
 
@@ -441,12 +449,12 @@ def test_shrinking_moves_the_step_size_alone():
 
 def test_the_outer_optimizer_forgets_after_a_rollback():
     tuner = blow_up(lr=3.0, steps=20)
-    tuner._outer_state = tuner.outer.init(1)._replace(square=np.array([1e30]), steps=5)
+    tuner.state = tuner.state._replace(outer=tuner.outer.init(1)._replace(square=np.array([1e30]), steps=5))
     for _ in range(10):
         tuner.step(None, None)
     assert tuner.history.event[0].startswith("rolled back")
-    assert tuner._outer_state.steps == 0
-    assert tuner._outer_state.square == 0
+    assert tuner.state.outer.steps == 0
+    assert tuner.state.outer.square == 0
 
 
 @pytest.mark.parametrize("window", [20, 30, 40, 200])
@@ -467,6 +475,167 @@ def test_a_loss_that_starts_at_zero_has_no_scale_to_stray_from():
     assert Guard().stray("loss", 1.6, 1.0) != ""
     assert Guard().stray("loss", -0.4, -1.0) != ""
     assert Guard().stray("loss", -0.6, -1.0) == ""
+
+
+# -- interrupted -------------------------------------------------------------------------------------------------------
+
+
+class Once:
+    """Wraps a method so that its n-th call raises, before it does anything or after, and no other does."""
+
+    def __init__(self, owner, name, n, error=KeyboardInterrupt, late=False):
+        self.real, self.left, self.error, self.late = getattr(owner, name), n, error, late
+        object.__setattr__(owner, name, self)
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        out = self.real(*args, **kwargs) if self.left or self.late else None
+        if self.left == 0:
+            raise self.error("interrupted")
+        return out
+
+
+def whole_and_interrupted(strategy, spoil):
+    """Results of a run that goes through, and of one that fails once on its way and is begun again."""
+    want, cut = make(strategy, runs=3).fit(BATCHES, VAL), make(strategy, runs=3)
+    spoil(cut)
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit(BATCHES, VAL)
+    return want, cut
+
+
+def equal(a, b):
+    return (
+        same(a.history, b.history)
+        and np.array_equal(a.params, b.params)
+        and np.array_equal(a.phi, b.phi)
+        and (a.value, a.steps, a.reason) == (b.value, b.steps, b.reason)
+    )
+
+
+@pytest.mark.parametrize("strategy", [Local(), Glocal(), Glocal(mode="restart")])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda t: Once(t.strategy, "estimate", 2),
+        lambda t: Once(t.strategy, "estimate", 2, late=True),
+        lambda t: Once(t.inner, "hypergradient", 4),
+        lambda t: Once(t.inner, "hypergradient", 4, late=True),
+        lambda t: Once(t.inner, "tangent_norm", 2),
+        lambda t: Once(t.inner, "step", 27),
+    ],
+)
+def test_a_run_that_fails_on_its_way_goes_on_as_if_nothing_had_been(tmp_path, strategy, spoil):
+    want, cut = whole_and_interrupted(replace(strategy), spoil)
+    path = checkpoint.save(tmp_path / "cut.npz", cut)
+    assert equal(cut.fit(BATCHES, VAL), want)
+    resumed = checkpoint.load(path, make(replace(strategy), runs=3))
+    assert equal(resumed.fit(BATCHES, VAL), want)
+
+
+def test_an_outer_optimizer_that_fails_leaves_the_window_open():
+    whole, cut = make(Local()), make(Local())
+    real, calls = cut.outer.update, []
+    cut.outer = cut.outer._replace(update=lambda *a: calls.append(1) or (1 / 0 if len(calls) == 2 else real(*a)))
+    with pytest.raises(ZeroDivisionError):
+        cut.fit(BATCHES, VAL)
+    assert (cut.used, len(cut.history)) == (39, 1)
+    assert equal(cut.fit(BATCHES, VAL), whole.fit(BATCHES, VAL))
+
+
+def test_a_callback_that_fails_does_not_undo_the_window():
+    cut = make(Local(), callbacks=[lambda t: 1 / 0])
+    with pytest.raises(ZeroDivisionError):
+        cut.fit(BATCHES, VAL)
+    cut.callbacks = ()
+    assert equal(cut.fit(BATCHES, VAL), make(Local()).fit(BATCHES, VAL))
+
+
+@pytest.mark.parametrize("n", [1, 5, 100])
+def test_an_interrupted_final_run_is_begun_again(tmp_path, n):
+    want, cut = make(Global(), runs=2).fit(BATCHES, VAL), make(Global(), runs=2)
+    Once(cut.inner, "step", 240 + n)
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit(BATCHES, VAL)
+    path = checkpoint.save(tmp_path / "cut.npz", cut)
+    assert equal(cut.fit(BATCHES, VAL), want)
+    assert equal(checkpoint.load(path, make(Global(), runs=2)).fit(BATCHES, VAL), want)
+
+
+def test_the_next_call_settles_a_step_whose_hypergradient_failed():
+    one, two = make(Local()), make(Local())
+    for t in range(20):
+        one.step(BATCHES[t], VAL[0])
+    for t in range(19):
+        two.step(BATCHES[t], VAL[0])
+    with pytest.raises(TypeError, match="unpack"):
+        two.step(BATCHES[19], None)
+    assert two.inner.t == 20
+    two.step("not looked at", VAL[0])
+    assert same(one.history, two.history)
+    assert np.array_equal(one.inner.params, two.inner.params)
+
+
+def test_callbacks_may_come_from_a_generator():
+    seen = []
+    make(Local(), callbacks=(call for call in [lambda t: seen.append(t.used)])).fit(BATCHES, VAL)
+    assert seen == [20, 40, 60, 80, 100, 120]
+
+
+def test_a_run_belongs_to_one_tuner():
+    one = make(Local())
+    two = Tuner(one.inner, Local(), steps=120, window=20)
+    one.step(BATCHES[0], VAL[0])
+    with pytest.raises(RuntimeError, match="a run of its own"):
+        two.step(BATCHES[0], VAL[0])
+
+
+def test_a_copy_is_a_tuner_of_its_own():
+    one = make(Glocal())
+    for t in range(30):
+        one.step(BATCHES[t], VAL[0])
+    two = copy.deepcopy(one)
+    first = one.fit(BATCHES, VAL)
+    assert two.used == 30
+    assert equal(two.fit(BATCHES, VAL), first)
+    assert two.inner.problem.params is not None
+
+
+def test_a_snapshot_stays_as_it_is():
+    tuner = make(Local(), steps=400)
+    for t in range(20):
+        tuner.step(BATCHES[t], VAL[0])
+    saved = tuner.snapshot()
+    before = repr(saved)
+    tuner.fit(BATCHES, VAL)
+    assert repr(saved) == before
+
+
+def test_the_growth_of_tangents_is_not_measured_across_runs():
+    tuner = make(Global(), runs=3)
+    sizes = []
+    tuner.callbacks = (lambda t: sizes.append(len(t.state.norms)),)
+    tuner.fit(BATCHES, VAL)
+    assert sizes == [0, 0, 0]
+
+
+def test_an_estimate_that_is_not_finite_is_recorded_and_not_used():
+    class Lost(Spy):
+        def estimate(self, H, ahead):
+            return replace(super().estimate(H, ahead), value=np.full(3, np.nan))
+
+    result = make(Lost()).fit(BATCHES, VAL)
+    assert (result.history.event == "not used, the estimate is not finite").all()
+    assert np.array_equal(result.phi, SPACE.phi0)
+
+
+def test_a_run_that_never_had_a_good_window_says_so():
+    tuner = blow_up(lr=1e9, steps=60)
+    with np.errstate(all="ignore"), pytest.warns(DivergenceWarning, match="every window was rolled back"):
+        result = tuner.fit([None], [None])
+    assert np.isnan(result.value)
+    assert result.reason == "finished, but every window was rolled back"
+    assert (result.params == 1).all()
 
 
 # -- resume ------------------------------------------------------------------------------------------------------------
@@ -581,6 +750,73 @@ def test_another_model_is_refused_and_nothing_moves(tmp_path):
     assert other.used == 0
 
 
+def refused(tmp_path, change, says):
+    """A checkpoint with one entry changed is refused, and the tuner stays as it is."""
+    saved, tuner, twin = make(), make(), make()
+    for t in range(30):
+        for each in (saved, tuner, twin):
+            each.step(BATCHES[t], VAL[0])
+    snapshot = saved.snapshot()
+    change(snapshot)
+    with pytest.raises((CheckpointError, ShapeError), match=says):
+        tuner.restore(snapshot)
+    assert equal(tuner.fit(BATCHES, VAL), twin.fit(BATCHES, VAL))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.update(mean=np.zeros(2)), "mean does not fit"),
+        (lambda s: s.update(square=np.full(3, np.nan)), "square does not fit"),
+        (lambda s: s.update(phi=np.full(3, np.inf)), "phi does not fit"),
+        (lambda s: s.update(H=np.zeros((1, 2))), "H does not fit"),
+        (lambda s: s.update(H=np.zeros((99, 3))), "window does not fit"),
+        (lambda s: s["meta"]["window"].update(done=20), "window does not fit"),
+        (lambda s: s["meta"]["window"].pop("done") and None, "used does not fit|window does not fit"),
+        (lambda s: s["meta"]["scalars"].update(cut=7.0), "cut does not fit"),
+        (lambda s: s["meta"]["scalars"].update(norms=[[1]]), "something is missing"),
+        (lambda s: s["meta"]["scalars"].update(surprise=1), "something is missing"),
+        (lambda s: s["meta"].pop("best"), "something is missing"),
+        (lambda s: s.pop("meta"), "meta"),
+        (lambda s: s.pop("start/theta"), "theta must be"),
+        (lambda s: s.pop("inner/t"), "t must be"),
+        (lambda s: s.update({"inner/Z": np.zeros((3, 4))}), "Z must be"),
+        (lambda s: s.update({"best/params": np.zeros(2)}), "best/params does not fit"),
+        (lambda s: s.update({"history/labels": np.array(["a", "b", "c"])}), "history is of"),
+    ],
+)
+def test_a_snapshot_that_is_not_whole_is_refused_and_nothing_moves(tmp_path, change, says):
+    refused(tmp_path, change, says)
+
+
+def test_a_run_along_random_directions_is_not_an_exact_one(tmp_path):
+    random = make(options={"directions": 3, "seed": 1})
+    with pytest.raises(CheckpointError, match="directions"):
+        checkpoint.load(checkpoint.save(tmp_path / "x.npz", random), make())
+
+
+@pytest.mark.parametrize("other", [{"activation": "relu"}, {"l2": 0.2}, {"class_weights": [1.0, 2.0, 1.0]}])
+def test_a_checkpoint_of_another_model_of_the_same_size_is_refused(tmp_path, other):
+    ready = lambda **terms: Tuner(inner.sgd(mlp((4, 3, 3), **terms), Space(lr=log(0.1))), steps=40, window=20)
+    path = checkpoint.save(tmp_path / "x.npz", ready())
+    assert checkpoint.load(path, ready(seed=5)).used == 0  # where it starts is in the file
+    with pytest.raises(CheckpointError, match="inner was"):
+        checkpoint.load(path, ready(**other))
+
+
+def test_settings_may_be_numpy_numbers(tmp_path):
+    tuner = make(Local(), steps=np.int64(120), window=np.int32(20), runs=np.int16(3), forget=np.float32(0.5))
+    path = checkpoint.save(tmp_path / "x.npz", tuner)
+    assert checkpoint.load(path, make(Local(), runs=3, forget=0.5)).used == 0
+
+
+def test_a_strategy_without_a_repr_can_be_resumed(tmp_path):
+    path = checkpoint.save(tmp_path / "x.npz", make(Push(1.0)))
+    checkpoint.load(path, make(Push(1.0)))
+    with pytest.raises(CheckpointError, match=r"Push\(pull=1.0\)"):
+        checkpoint.load(path, make(Push(2.0)))
+
+
 def optimizer(make_inner, **fixed):
     return Tuner(make_inner(toys.logistic(np.ones(5)), SPACE, **fixed), steps=120, window=20)
 
@@ -650,6 +886,17 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         (lambda: make().fit(BATCHES, VAL[0]), ShapeError, r"val_batches must be a list"),
         (lambda: make().fit(BATCHES, 3), ShapeError, "val_batches must be"),
         (lambda: blow_up().step(None, "nan"), ShapeError, "validation batch"),
+        (lambda: make().restore({}), CheckpointError, "meta"),
+        (lambda: make().restore(None), CheckpointError, "meta"),
+        (lambda: checkpoint.load("x.npz", None), CheckpointError, "must be a Tuner"),
+        (lambda: make(forget=True), HyperparameterError, "forget"),
+        (lambda: setattr(make(), "phi", np.zeros(2)), ShapeError, "phi must have"),
+        (lambda: make(Forgetful()).fit(BATCHES, VAL), HyperparameterError, "must return a Forecast"),
+        (
+            lambda: make(outer=Outer("x", outer.adam().init, lambda h, s, lr: (h[:1], s), 0.1)).fit(BATCHES, VAL),
+            HyperparameterError,
+            "finite step",
+        ),
         (lambda: checkpoint.save("/nowhere/x.npz", make()), CheckpointError, "does not exist"),
     ],
 )

@@ -5,8 +5,11 @@ Letters: p parameters, q tangent directions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
+from koopman_hpo.errors import AdapterError, reals, short, whole
 from koopman_hpo.problem import Problem
 
 NOTE = "central differences of grad (fourth order, four gradients a direction); difference_error measures their error"
@@ -28,12 +31,12 @@ def along(gradient, theta, hyper, z, dhyper, out, shrink=1.0):
     out.fill(0)
     size, moved = _rms(theta), np.abs(z).max()
     if moved > 0 or np.isnan(moved):
-        step = shrink * _relative_step(theta.dtype) * size / moved
+        step = _step(shrink * _relative_step(theta.dtype) * size, moved, theta.dtype)
         _add(lambda t: gradient(theta + theta.dtype.type(t) * z, hyper), step, out)
     for name, d in dhyper.items():
         moved = np.abs(d).max()
         if moved > 0 or np.isnan(moved):
-            step = shrink * _relative_step(theta.dtype) * _rms(hyper[name]) / moved
+            step = _step(shrink * _relative_step(theta.dtype) * _rms(hyper[name]), moved, theta.dtype)
             # the default arguments pin this turn's name and tangent
             _add(lambda t, name=name, d=d: gradient(theta, {**hyper, name: hyper[name] + t * d}), step, out)
 
@@ -51,9 +54,22 @@ def difference_error(problem: Problem, theta, hyper, batch, seed: int = 0) -> fl
 
     Returns:
       |grad_jvp - differences| / |differences| in the 2-norm; 0 where both vanish.
+
+    Raises:
+      AdapterError: no problem, or a theta, hyper or seed that fits none.
     """
-    rng = np.random.default_rng(seed)
-    theta = np.asarray(theta, problem.params.dtype)
+    call = "difference_error"
+    if not isinstance(problem, Problem):
+        raise AdapterError(f"{call}: the first argument must be a Problem, got {type(problem).__name__}.")
+    if not isinstance(hyper, Mapping):
+        raise AdapterError(f"{call}: hyper must be a dict {{name: natural value}}, {{}} for none, got {short(hyper)}.")
+    rng = np.random.default_rng(whole(call, "seed", seed, 0, error=AdapterError))
+    theta = reals(call, "theta", theta, AdapterError).astype(problem.params.dtype)
+    if theta.shape != problem.params.shape:
+        raise AdapterError(f"{call}: theta must have shape {problem.params.shape}, got {theta.shape}.")
+    for name, value in hyper.items():
+        if not np.isfinite(reals(call, f"hyper[{name!r}]", value, AdapterError)).all() or np.size(value) == 0:
+            raise AdapterError(f"{call}: hyper[{name!r}] must be finite and not empty, got {short(value)}.")
     z = (_rms(theta) * rng.normal(size=theta.shape)).astype(theta.dtype)
     tangent = lambda value: np.asarray(_rms(value) * rng.normal(size=np.shape(value)))
     dhyper = {name: tangent(value) for name, value in hyper.items()}
@@ -69,7 +85,15 @@ def difference_error(problem: Problem, theta, hyper, batch, seed: int = 0) -> fl
 def _add(gradient, step, out):
     """out += d gradient(t) / dt at 0; each value is used before the next call, which may reuse its memory."""
     for place, weight in STENCIL:
-        out += out.dtype.type(weight / step) * gradient(place * step)
+        g = gradient(place * step)
+        with np.errstate(over="ignore", invalid="ignore"):  # divergence is the guard's business
+            out += out.dtype.type(weight / step) * g
+
+
+def _step(size, moved, dtype):
+    """size / moved, held so that four of it are finite in that dtype: a tangent may be too small for its scale."""
+    with np.errstate(over="ignore"):
+        return min(size / moved, np.finfo(dtype).max / 4)
 
 
 def _relative_step(dtype) -> float:

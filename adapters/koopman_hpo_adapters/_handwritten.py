@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from koopman_hpo.errors import AdapterError, nearest
+from koopman_hpo.errors import AdapterError, names, nearest, reals
 from koopman_hpo.problem import Array, Problem
 
 from . import _differences
@@ -56,16 +56,14 @@ def problem(
         optional = name in ("grad_jvp", "outer_hvp")
         if not (callable(function) or (optional and function is None)):
             raise AdapterError(f"problem: {name} must be a function, got {type(function).__name__}.")
-    if isinstance(hyper, str):
-        raise AdapterError(f"problem: hyper must be a collection of names, got the string {hyper!r}: use ({hyper!r},).")
-    names = None if hyper is None else frozenset(hyper)
-    model = _Handwritten(grad, outer, grad_jvp, outer_hvp, names)
+    declared = None if hyper is None else frozenset(names("problem", "hyper", hyper, AdapterError))
+    model = _Handwritten(grad, outer, grad_jvp, outer_hvp, declared)
     return Problem(
-        params=np.array(params),
+        params=params,
         grad_jvp=model.grad_jvp if grad_jvp else model.grad_differences,
         outer=model.outer,
-        hyper=names,
-        segments=None if segments is None else tuple(segments),
+        hyper=declared,
+        segments=segments,  # type: ignore[arg-type]  # Problem makes a tuple of it
         outer_hvp=model.outer_hvp if outer_hvp else None,
         note="grad_jvp as written by hand" if grad_jvp else _differences.NOTE,
     )
@@ -129,10 +127,10 @@ class _Handwritten:
                     f"outer: dE_dhyper names {name!r}, the loss hyperparameters are {sorted(known)}."
                     f"{nearest(str(name), known)} Leave out names on which the outer loss does not depend."
                 )
-            if name in hyper and np.shape(d) != np.shape(hyper[name]):
+            got = reals("outer", f"dE_dhyper[{name!r}]", d, AdapterError).shape
+            if name in hyper and got != np.shape(hyper[name]):
                 raise AdapterError(
-                    f"outer: dE_dhyper[{name!r}] must have the hyperparameter's shape {np.shape(hyper[name])}, got "
-                    f"{np.shape(d)}."
+                    f"outer: dE_dhyper[{name!r}] must have the hyperparameter's shape {np.shape(hyper[name])}, got {got}."
                 )
         return {name: d for name, d in direct.items() if name in hyper}
 
@@ -171,12 +169,15 @@ def _unpack(call, want, answer, lengths):
 
 
 def _scalar(call, what, value) -> float:
-    if np.ndim(value) != 0 or np.asarray(value).dtype.kind not in "fiu":
+    if isinstance(value, float):
+        return float(value)
+    array = reals(call, what, value, AdapterError, "one real number")
+    if array.ndim:
         raise AdapterError(
-            f"{call}: {what} must be one real number, got shape {np.shape(value)} of {np.asarray(value).dtype}. "
-            f"Average over the batch, for example with .mean()."
+            f"{call}: {what} must be one real number, got shape {array.shape}. Average over the batch, for example with "
+            f".mean()."
         )
-    return float(value)
+    return float(array)
 
 
 def _array(call, what, array, shape, theta):

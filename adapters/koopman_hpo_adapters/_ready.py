@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from koopman_hpo.errors import AdapterError
+from koopman_hpo.errors import AdapterError, reals
 
 from ._mlp import CHUNK, ROWS, Network
 from ._terms import Settings
@@ -72,8 +72,18 @@ class Ready:
         """(n, c): outputs of the last layer (logits for a classifier) at X (n, f)."""
         X = self._features("predict", X)
         self._flat("predict", theta)
+        self._finite("predict", "X", X)
         with np.errstate(over="ignore", invalid="ignore"):
             return np.concatenate([self.network.outputs(theta, X[rows]).copy() for rows in _slices(len(X), ROWS)])
+
+    def accuracy(self, theta, X, y):
+        """The fraction of the labels y (n,) that the largest output of each row of X (n, f) hits."""
+        X = self._features("accuracy", X)
+        y = self._labels("accuracy", y, len(X))
+        c = self.network.layers[-1].outputs
+        if y.min() < 0 or y.max() >= c:
+            self._no_class("accuracy", y, int(np.flatnonzero((y < 0) | (y >= c))[0]))
+        return float(np.mean(self.predict(theta, X).argmax(axis=1) == y))
 
     def _penalise(self, theta, Z, terms, g, dG):
         """Adds the gradient of 1/2 sum_l l2_l |theta_l|^2 to g and its tangents to dG; returns its value."""
@@ -90,12 +100,13 @@ class Ready:
     def _flat(self, call, theta, Z=None):
         """Number of tangents q; raises unless theta is (p,) and Z (q, p), both of the model's dtype."""
         p, dtype = self.network.size, self.network.dtype
-        if theta.shape == (p,) and theta.dtype == dtype and (Z is None or Z.dtype == dtype):
+        arrays = isinstance(theta, np.ndarray) and (Z is None or isinstance(Z, np.ndarray))
+        if arrays and theta.shape == (p,) and theta.dtype == dtype and (Z is None or Z.dtype == dtype):
             if Z is None:
                 return 0
             if Z.ndim == 2 and Z.shape[1] == p:
                 return len(Z)
-        got = f"{theta.shape} of {theta.dtype}" + ("" if Z is None else f" and {Z.shape} of {Z.dtype}")
+        got = _kind(theta) + ("" if Z is None else f" and {_kind(Z)}")
         raise AdapterError(
             f"{self.settings.call}.{call}: theta must be ({p},)"
             + ("" if Z is None else f" and the tangents (q, {p})")
@@ -108,24 +119,36 @@ class Ready:
             got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
             raise AdapterError(f"{self.settings.call}.{call}: a batch is (X, y) or (X, y, index), got {got}.")
         X = self._features(call, batch[0])
-        y = np.asarray(batch[1])
         network = self.network
         if network.loss.name == "cross_entropy":
-            if y.shape != X.shape[:1] or y.dtype.kind not in "iu":
-                raise AdapterError(
-                    f"{self.settings.call}.{call}: y must be ({len(X)},) integer labels, one a row of X, got shape "
-                    f"{y.shape} of {y.dtype}. Use y.astype(int), or loss='squared_error' for real targets."
-                )
-            y = np.ascontiguousarray(y, dtype=np.int64)
-        elif y.shape != (len(X), network.layers[-1].outputs) or y.dtype.kind not in "fiu":
+            y = np.ascontiguousarray(self._labels(call, batch[1], len(X)), dtype=np.int64)
+            return X, y, batch[2] if len(batch) == 3 else None
+        y = self._array(call, "y", batch[1])
+        if y.shape != (len(X), network.layers[-1].outputs) or y.dtype.kind not in "fiu":
             raise AdapterError(
                 f"{self.settings.call}.{call}: y must be ({len(X)}, {network.layers[-1].outputs}) real targets, got "
                 f"shape {y.shape} of {y.dtype}. One output: y[:, None]."
             )
         return X, y, batch[2] if len(batch) == 3 else None
 
+    def _labels(self, call, y, n):
+        """y (n,) as integers; whether each is a class shows later."""
+        y = self._array(call, "y", y)
+        if y.shape != (n,) or y.dtype.kind not in "iu":
+            raise AdapterError(
+                f"{self.settings.call}.{call}: y must be ({n},) integer labels, one a row of X, got shape "
+                f"{y.shape} of {y.dtype}. Use y.astype(int), or loss='squared_error' for real targets."
+            )
+        return y
+
+    def _array(self, call, name, given):
+        if isinstance(given, np.ndarray):
+            return given
+        reals(f"{self.settings.call}.{call}", name, given, AdapterError, "an array of numbers")
+        return np.asarray(given)
+
     def _features(self, call, X):
-        X = np.asarray(X)
+        X = self._array(call, "X", X)
         f = self.network.layers[0].inputs
         if X.ndim != 2 or X.shape[1] != f or len(X) == 0 or X.dtype.kind not in "fiub":
             raise AdapterError(
@@ -142,20 +165,28 @@ class Ready:
         diverged pass in silence.
         """
         if bad >= 0:
-            c = self.network.layers[-1].outputs
-            raise AdapterError(
-                f"{self.settings.call}.{call}: labels must be in 0..{c - 1}, got y[{start + bad}] = {y[start + bad]}."
-            )
+            self._no_class(call, y, start + bad)
         first = g[self.network.layers[0].where][:: self.network.layers[0].outputs]
         if math.isfinite(first @ first):
             return
         for name, array in (("X", X), ("y", y)):
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-                raise AdapterError(
-                    f"{self.settings.call}.{call}: the batch must be finite, got {name}{list(at)} = {array[at]}. "
-                    f"Clean the data before training, for example with np.nan_to_num."
-                )
+            self._finite(call, name, array)
+
+    def _no_class(self, call, y, i):
+        c = self.network.layers[-1].outputs
+        raise AdapterError(f"{self.settings.call}.{call}: labels must be in 0..{c - 1}, got y[{i}] = {y[i]}.")
+
+    def _finite(self, call, name, array):
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+            raise AdapterError(
+                f"{self.settings.call}.{call}: the batch must be finite, got {name}{list(at)} = {array[at]}. "
+                f"Clean the data before training, for example with np.nan_to_num."
+            )
+
+
+def _kind(a):
+    return f"{a.shape} of {a.dtype}" if isinstance(a, np.ndarray) else type(a).__name__
 
 
 def _slices(n, most):

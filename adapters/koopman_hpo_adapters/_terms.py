@@ -8,12 +8,20 @@ Letters: n examples, q tangents, L layers, c classes.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from koopman_hpo.errors import AdapterError, nearest
+from koopman_hpo.errors import AdapterError, nearest, reals
+
+DOMAINS = {
+    "l2": (0.0, math.inf),
+    "label_smoothing": (0.0, 1.0),
+    "class_weights": (0.0, math.inf),
+    "example_weights": (0.0, math.inf),
+}
 
 
 class Terms(NamedTuple):
@@ -77,15 +85,18 @@ class Settings(NamedTuple):
                 f"{self.call}: the loss has the hyperparameters {known}, got {name!r}.{nearest(name, self.sizes)} "
                 f"Tune one of these, or write the model with `problem(params, grad=..., outer=...)`."
             )
+        usual = isinstance(value, float) or (isinstance(value, np.ndarray) and value.dtype.kind == "f")
+        value = value if usual else reals(self.call, name, value, AdapterError)
         array = np.asarray(value, dtype=self.dtype)
         n, scalar = self.sizes[name], name in ("l2", "label_smoothing")
-        if not (array.shape == (n,) or (array.ndim == 1 and n is None) or (scalar and array.size == 1)):
+        if not (array.shape == (n,) or (array.ndim == 1 and n is None and array.size) or (scalar and array.size == 1)):
             want = " or ".join(["a scalar"] * scalar + [f"({'n_train' if n is None else n},)"] * (n != 1))
             raise AdapterError(f"{self.call}: {name} must be {want}, got shape {array.shape}.")
         return array
 
     def _tangent(self, name, value, q):
-        array = np.asarray(value, dtype=self.dtype)
+        usual = isinstance(value, np.ndarray) and value.dtype.kind == "f"
+        array = np.asarray(value if usual else reals(self.call, f"the tangent of {name}", value, AdapterError), self.dtype)
         if array.ndim not in (1, 2) or len(array) != q:
             raise AdapterError(
                 f"{self.call}: the tangent of {name} must be (q,) or (q, n) with q = {q}, got shape {array.shape}."
@@ -115,6 +126,7 @@ class Settings(NamedTuple):
                 f"{self.call}: example_weights need the examples' positions in the training set, got a batch (X, y). "
                 f"Pass batches (X, y, index) with index (n,) integers below {n_train}."
             )
+        reals(self.call, "index", index, AdapterError, f"({n},) integers")
         index = np.asarray(index)
         if index.shape != (n,) or index.dtype.kind not in "iu" or index.min() < 0 or index.max() >= n_train:
             raise AdapterError(

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
-from koopman_hpo.errors import AdapterError, nearest
+from koopman_hpo.errors import AdapterError, choice, flag, reals, short, single_or_double, whole
 from koopman_hpo.problem import Array, Problem
 
 from ._differences import difference_error
@@ -22,8 +24,9 @@ from ._handwritten import problem
 from ._losses import LOSSES
 from ._mlp import ACTIVATIONS, Network
 from ._ready import Ready
-from ._terms import Settings
+from ._terms import DOMAINS, Settings
 
+MOST = 2**31  # parameters of a ready model
 __all__ = ["Model", "difference_error", "mlp", "problem", "softmax_regression"]
 
 
@@ -40,7 +43,7 @@ class Model(Problem):
 
     def accuracy(self, theta: Array, X: Array, y: Array) -> float:
         """The fraction of the labels y (n,) that the largest output of each row of X (n, f) hits."""
-        return float(np.mean(self.predict(theta, X).argmax(axis=1) == y))
+        return self.ready.accuracy(theta, X, y)
 
 
 def softmax_regression(
@@ -60,7 +63,7 @@ def softmax_regression(
 
     Args and batches as in `mlp`; bias: whether each class has an intercept.
     """
-    terms = _terms(l2, label_smoothing, class_weights, example_weights)
+    terms = _terms("softmax_regression", l2, label_smoothing, class_weights, example_weights)
     return _ready(
         "softmax_regression",
         (n_features, n_classes),
@@ -117,35 +120,31 @@ def mlp(
     Raises:
       AdapterError: an unknown activation or loss, wrong sizes, or params of another length.
     """
-    terms = _terms(l2, label_smoothing, class_weights, example_weights)
+    terms = _terms("mlp", l2, label_smoothing, class_weights, example_weights)
     return _ready("mlp", sizes, activation, loss, True, seed, dtype, terms, params)
 
 
-def _terms(l2, label_smoothing, class_weights, example_weights) -> dict[str, Any]:
+def _terms(call, l2, label_smoothing, class_weights, example_weights) -> dict[str, Any]:
     """The keywords that do something, as {name: value}."""
     given = {"class_weights": class_weights, "example_weights": example_weights}
     given = {name: value for name, value in given.items() if value is not None}
-    scalars = {"l2": l2, "label_smoothing": label_smoothing}
-    return given | {name: value for name, value in scalars.items() if np.any(value)}
+    given |= {"l2": l2, "label_smoothing": label_smoothing}
+    checked = {name: reals(call, name, value, AdapterError) for name, value in given.items()}
+    return {name: value for name, value in checked.items() if name.endswith("_weights") or np.any(value)}
 
 
 def _ready(call, sizes, activation, loss, bias, seed, dtype, terms, params) -> Model:
     sizes = _check_sizes(call, sizes)
-    dtype = np.dtype(dtype)
-    if dtype not in (np.float32, np.float64):
-        raise AdapterError(f"{call}: dtype must be float32 or float64, got {dtype}.")
-    network = Network(
-        sizes,
-        _pick(call, "activation", activation, ACTIVATIONS),
-        _pick(call, "loss", loss, LOSSES),
-        bias,
-        dtype,
-    )
+    dtype = single_or_double(call, dtype, AdapterError)
+    seed = whole(call, "seed", seed, 0, error=AdapterError)
+    activation = choice(call, "activation", activation, ACTIVATIONS, AdapterError)
+    loss = choice(call, "loss", loss, LOSSES, AdapterError)
+    network = Network(sizes, ACTIVATIONS[activation], LOSSES[loss], flag(call, "bias", bias, AdapterError), dtype)
     names: dict[str, int | None] = {"l2": len(sizes) - 1, "example_weights": None}
     if loss == "cross_entropy":
         names |= {"class_weights": sizes[-1], "label_smoothing": 1}
-    _check_terms(call, terms)
     settings = Settings(call, {}, names, dtype)
+    _check_terms(call, terms, dtype)
     settings = settings._replace(fixed={name: settings.check(name, value) for name, value in terms.items()})
     ready = Ready(network, settings)
     gain = 1.0 if activation == "tanh" else 2.0
@@ -155,33 +154,37 @@ def _ready(call, sizes, activation, loss, bias, seed, dtype, terms, params) -> M
         outer=ready.outer,
         outer_hvp=ready.outer_hvp,
         hyper=frozenset(names),
+        domains={name: DOMAINS[name] for name in names},
         segments=tuple(layer.shape[0] * layer.shape[1] for layer in network.layers),
+        name=f"{call}(sizes={sizes}, activation={activation}, loss={loss}, bias={network.bias}, {_told(terms)})",
         sizes=sizes,
         ready=ready,
     )
 
 
-def _check_terms(call, terms) -> None:
+def _told(terms) -> str:
+    """The fixed terms of the loss in a few words: a long array by a checksum."""
+    say = lambda value: value.tolist() if value.size <= 16 else f"crc32 {crc32(np.ascontiguousarray(value).tobytes()):08x}"
+    return ", ".join(f"{name}={say(np.asarray(value, np.float64))}" for name, value in sorted(terms.items()))
+
+
+def _check_terms(call, terms, dtype) -> None:
     for name, value in terms.items():
-        if not np.isfinite(value).all() or np.min(value) < 0:
-            raise AdapterError(f"{call}: {name} must be finite and not negative, got {value}.")
-    if terms.get("label_smoothing", 0.0) > 1:
-        raise AdapterError(f"{call}: label_smoothing must lie in [0, 1], got {terms['label_smoothing']}.")
+        if not ((value >= 0) & (value <= np.finfo(dtype).max)).all():
+            raise AdapterError(f"{call}: {name} must be finite and not negative, got {short(value)}.")
+    if np.max(terms.get("label_smoothing", 0.0)) > 1:
+        raise AdapterError(f"{call}: label_smoothing must lie in [0, 1], got {short(terms['label_smoothing'])}.")
 
 
 def _check_sizes(call, sizes) -> tuple[int, ...]:
     sized = isinstance(sizes, Sequence | np.ndarray) and not isinstance(sizes, str)
-    whole = sized and all(isinstance(s, int | np.integer) and s >= 1 for s in sizes)
-    if not sized or len(sizes) < 2 or not whole:
-        raise AdapterError(f"{call}: sizes must be two or more positive widths, such as (64, 128, 10), got {sizes}.")
-    return tuple(int(s) for s in sizes)
-
-
-def _pick(call, what, name, known):
-    if name not in known:
-        choices = ", ".join(repr(k) for k in sorted(known))
-        raise AdapterError(f"{call}: {what} must be one of {choices}, got {name!r}.{nearest(str(name), known)}")
-    return known[name]
+    positive = sized and all(isinstance(s, int | np.integer) and not isinstance(s, bool) and s >= 1 for s in sizes)
+    if not positive or len(sizes) < 2:
+        raise AdapterError(f"{call}: sizes must be two or more positive widths, such as (64, 128, 10), got {short(sizes)}.")
+    widths = tuple(int(s) for s in sizes)
+    if sum((a + 1) * b for a, b in pairwise(widths)) >= MOST:
+        raise AdapterError(f"{call}: sizes {short(widths)} make {MOST:,} parameters or more. Take narrower layers.")
+    return widths
 
 
 def _initial(network, seed, gain) -> Array:
@@ -194,7 +197,8 @@ def _initial(network, seed, gain) -> Array:
 
 
 def _given(call, network, params) -> Array:
-    theta = np.array(params, dtype=network.dtype)
+    with np.errstate(over="ignore"):  # `Problem` finds what is not finite
+        theta = np.array(reals(call, "params", params, AdapterError), dtype=network.dtype)
     if theta.shape != (network.size,):
         raise AdapterError(
             f"{call}: params must be ({network.size},), layer by layer W.ravel() then b, got shape {theta.shape}."

@@ -20,6 +20,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from koopman_hpo import History, ShapeError, koopman
+from koopman_hpo.errors import reals
 
 __all__ = ["STYLE", "eigenvalues", "figure", "hypergradient", "hyperparameters", "largest", "losses"]
 
@@ -62,6 +63,7 @@ _SECOND: tuple[dict[str, Any], ...] = (
     {"color": ORANGE, "lw": 1.6, "ls": (0, (3, 1.5))},
     {"color": RED, "lw": 1.6, "ls": (0, (1, 1))},
 )
+MOST = 1e150  # larger values, and positive ones below 1 / MOST, are no matter for an axis
 PANELS = 3  # hypergradients shown
 LEAST = 10  # snapshots that a window needs for its eigenvalues to mean something
 
@@ -90,10 +92,13 @@ def figure(
       A matplotlib `Figure`, 10.4 by 6.2 inches, not registered with pyplot.
 
     Raises:
-      ShapeError: the history holds no window.
+      ShapeError: no `History`, or one without a window or a coordinate.
     """
-    if not len(history):
-        raise ShapeError("plot.figure: the history holds no window. Run the tuner for at least one window first.")
+    if not isinstance(history, History):
+        raise ShapeError(f"plot.figure: the first argument must be a History, got {type(history).__name__}.")
+    if not len(history) or not history.labels:
+        lacks = "window" if not len(history) else "coordinate"
+        raise ShapeError(f"plot.figure: the history holds no {lacks}. Run the tuner for at least one window first.")
     with rc_context(STYLE):
         fig: Any = Figure(figsize=(10.4, 6.6), layout="constrained")
         fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.05)
@@ -118,8 +123,15 @@ def losses(ax: Any, curves: Mapping[str, Curve], background: Sequence[Curve] = (
       ax: matplotlib axes.
       curves: `{name: (steps (n,), values (n,))}`.
       background: curves drawn pale behind them, named together by `behind`.
+
+    Raises:
+      ShapeError: curves are no dict, or one of them is no pair of numbers (n,), (n,).
     """
-    seen = np.concatenate([np.asarray(y, float)[np.isfinite(y)] for _, y in curves.values()])
+    if not isinstance(curves, Mapping):
+        raise ShapeError(f"plot.losses: curves must be a dict {{name: (steps, values)}}, got {type(curves).__name__}.")
+    curves = {str(name): _curve(name, curve) for name, curve in curves.items()}
+    background = [_curve("background", curve) for curve in background]
+    seen = np.concatenate([y[np.isfinite(y)] for _, y in curves.values()])
     top = 1.15 * seen.max(initial=0)
     for i, (x, y) in enumerate(background):
         ax.plot(x, np.where(y <= top, y, np.nan), color=PALE, lw=0.8, label=behind if i == 0 else None)
@@ -127,8 +139,8 @@ def losses(ax: Any, curves: Mapping[str, Curve], background: Sequence[Curve] = (
         main = i == len(curves) - 1
         look = {"color": BLUE, "lw": 2.6} if main else _SECOND[i % len(_SECOND)]
         ax.plot(x, y, label=name, zorder=2 if main else 3, **look)
-    if seen.min(initial=1) > 0:
-        low = min([seen.min(initial=1), *(np.nanmin(y) for _, y in background)])
+    if seen.size and seen.min() > 0:
+        low = min([seen.min(initial=1), *(y[y > 0].min(initial=1) for _, y in background)])
         ax.set_yscale("log")
         room = 0.22 if len(curves) > 1 else 0.0  # for the legend
         ax.set_ylim(low / 1.3, top * (top / low) ** room)
@@ -146,7 +158,8 @@ def hyperparameters(ax: Any, history: History) -> None:
     """Hyperparameters over inner steps: natural values on a log axis (1 - x for a fraction near one), else phi."""
     shown = _natural(history)
     if shown is None:
-        moved = history.phi - history.phi[0]
+        phi = _drawable(history.phi)
+        moved = phi - phi[0]
         shown = [_Shown(label, moved[:, j]) for j, label in enumerate(history.labels)]
         ax.set_ylabel("change of phi")
     else:
@@ -166,12 +179,13 @@ def hypergradient(ax: Any, history: History, j: int) -> None:
     label = history.labels[j]
     colour = _colour(history.labels, j)
     ax.axhline(0, color=GREY, lw=0.8)
-    ax.plot(history.trajectory_step, history.trajectory[:, j], color="#A8A8A8", lw=1.5, zorder=2)
-    used = np.isfinite(history.estimate[:, j]) & (history.event == "")
-    error = np.nan_to_num(history.error[used, j])
+    ax.plot(history.trajectory_step, _drawable(history.trajectory[:, j]), color="#A8A8A8", lw=1.5, zorder=2)
+    h, estimate = _drawable(history.h[:, j]), _drawable(history.estimate[:, j])
+    used = np.isfinite(estimate) & (history.event == "")
+    error = np.nan_to_num(_drawable(history.error[used, j]))
     bars = ax.errorbar(
         history.step[used],
-        history.estimate[used, j],
+        estimate[used],
         error,
         fmt="o",
         ms=2.6,
@@ -180,8 +194,8 @@ def hypergradient(ax: Any, history: History, j: int) -> None:
         zorder=3,
     )
     bars[0].set_markeredgewidth(0)
-    size = max(np.abs(history.h[used, j]).max(initial=0), np.abs(history.estimate[used, j]).max(initial=0))
-    if size > 0:
+    size = max(np.abs(np.nan_to_num(h[used])).max(initial=0), np.abs(estimate[used]).max(initial=0))
+    if size > 1 / MOST:
         linear = 10.0 ** np.floor(np.log10(size) - 2)
         ax.set_yscale("symlog", linthresh=linear, linscale=0.6)
         ax.yaxis.set_minor_locator(NullLocator())
@@ -225,9 +239,9 @@ def _spectra(history: History) -> Iterable[tuple[int, Array]]:
     """(step, eigenvalues) of every window with enough snapshots, each coordinate in its standard deviations."""
     start, at = 0, history.trajectory_step
     for end in history.step:
-        H = history.trajectory[(at > start) & (at <= end)]
+        H = _drawable(history.trajectory[(at > start) & (at <= end)])
         start = end
-        if len(H) < LEAST:
+        if len(H) < LEAST or np.isnan(H).any():
             continue
         scale = H.std(axis=0)
         moving = scale > 1e-12 * np.abs(H).max(axis=0)
@@ -240,10 +254,28 @@ def _natural(history: History) -> list[_Shown] | None:
     if not set(history.transforms) <= {"log", "logit"}:
         return None
     shown = []
-    for label, transform, x in zip(history.labels, history.transforms, history.natural.T, strict=True):
+    for label, transform, x in zip(history.labels, history.transforms, _drawable(history.natural.T), strict=True):
         near_one = transform == "logit" and x[0] >= 0.5
-        shown.append(_Shown(f"1 - {label}", 1 - x) if near_one else _Shown(label, x))
+        values = 1 - x if near_one else x
+        shown.append(_Shown(f"1 - {label}" if near_one else label, np.where(values > 1 / MOST, values, np.nan)))
     return shown
+
+
+def _drawable(y: Any) -> Array:
+    """`y` as floats, NaN where an axis could not hold it; NaN is left out of a line."""
+    y = np.asarray(y, float)
+    return np.where(np.abs(y) < MOST, y, np.nan)
+
+
+def _curve(name: Any, curve: Any) -> Curve:
+    """Steps (n,) and values (n,) as they are drawn."""
+    parts = tuple(curve) if isinstance(curve, Iterable) else ()
+    arrays = [reals("plot.losses", f"curve {name!r}", part) for part in parts]
+    if len(arrays) != 2 or arrays[0].ndim != 1 or arrays[0].shape != arrays[1].shape:
+        raise ShapeError(
+            f"plot.losses: curve {name!r} must be (steps (n,), values (n,)), got shapes {[a.shape for a in arrays]}."
+        )
+    return parts[0], _drawable(arrays[1])
 
 
 def _derivative(label: str, transform: str) -> str:
@@ -253,7 +285,7 @@ def _derivative(label: str, transform: str) -> str:
 
 def largest(history: History, n: int) -> list[int]:
     """The n coordinates whose hypergradient is largest, in the order of the space."""
-    size = np.abs(np.where(np.isfinite(history.h), history.h, 0)).mean(axis=0)
+    size = np.abs(np.nan_to_num(_drawable(history.h))).mean(axis=0)
     return sorted(np.argsort(-size, kind="stable")[:n].tolist())
 
 
@@ -294,6 +326,8 @@ def _ends(shown: Sequence[_Shown], colours: Sequence[str]) -> tuple[list[str], l
     """Labels, last values and colours of what is named: every line, or where they are many every name once."""
     found: dict[str, tuple[list[float], str]] = {}
     for (label, values), colour in zip(shown, colours, strict=True):
+        if np.isnan(values[-1]):
+            continue
         key = label if len(shown) <= len(COLOURS) else _name(label)
         found.setdefault(key, ([], colour))[0].append(float(values[-1]))
     middles = [float(np.median(ends)) for ends, _ in found.values()]
@@ -302,6 +336,8 @@ def _ends(shown: Sequence[_Shown], colours: Sequence[str]) -> tuple[list[str], l
 
 def _name_ends(ax: Any, labels: Sequence[str], values: Sequence[float], colours: Sequence[str]) -> None:
     """Name each line at its right end, names pushed apart where lines meet."""
+    if not labels:
+        return
     log = ax.get_yscale() == "log"
     y = np.log10(values) if log else np.asarray(values, float)
     low, high = np.log10(ax.get_ylim()) if log else ax.get_ylim()

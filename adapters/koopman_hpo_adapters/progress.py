@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from koopman_hpo import Tuner
+from koopman_hpo.errors import whole
 
 __all__ = ["Progress", "bar"]
 
@@ -27,7 +28,11 @@ def bar(total: int, label: str = "", *, disable: bool | None = None) -> Any:
       total: steps.
       label: what stands before it.
       disable: True, False, or None: shown only where stderr is a terminal.
+
+    Raises:
+      HyperparameterError: total is no whole number.
     """
+    total = whole("progress.bar", "total", total, 0)
     try:
         from tqdm import tqdm
     except ImportError:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from koopman_hpo.errors import choice, whole
 from koopman_hpo.koopman import checks, robust, sequence, variants
 from koopman_hpo.koopman.deviation import standard_error
-from koopman_hpo.koopman.model import Koopman
+from koopman_hpo.koopman.model import STEPS_COUNT, Koopman
 from koopman_hpo.koopman.model import fit as fit_model
-from koopman_hpo.koopman.window import Window, relative_gram, window
+from koopman_hpo.koopman.window import Window, relative_gram, times, window
 
 GROWTH = 0.2  # c in |lambda| <= 1 - c / m
 GATE = 0.5  # a forecast is accepted if its error is below this part of its move
@@ -169,11 +170,19 @@ def extrapolate(
     rotations.
     """
     data = window(snapshots, "koopman.extrapolate")
-    k = checks.integer(steps, "steps", "koopman.extrapolate", 0, None, "Steps count snapshots after the last one.")
-    checks.choice(method, "method", "koopman.extrapolate", METHODS)
-    m = len(data.snapshots)
+    k = whole("koopman.extrapolate", "steps", steps, 0, checks.MOST_STEPS, STEPS_COUNT)
+    choice("koopman.extrapolate", "method", method, METHODS)
     checks.fraction(growth, "growth", "koopman.extrapolate", 0.0, LEAST_SNAPSHOTS)
     checks.fraction(gate, "gate", "koopman.extrapolate", 0.0, np.inf)
+    if data.unit == 1.0:
+        return _forecast(data, k, method, growth, gate)
+    inside = _forecast(Window(data.snapshots / data.unit, data.gram), k, method, growth, gate)
+    return replace(inside, value=times(inside.value, data.unit), error=times(inside.error, data.unit))
+
+
+def _forecast(data: Window, k: int, method: str, growth: float, gate: float) -> Forecast:
+    """The decision of `extrapolate`, its arguments checked."""
+    m = len(data.snapshots)
     if data.gram.trace() == 0.0 and m > 1:
         return Forecast(
             data.snapshots[-1].copy(), np.zeros(data.snapshots.shape[1]), True, "constant trajectory", method, 0.0, 0.0

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
-from koopman_hpo.errors import HyperparameterError
+from koopman_hpo.errors import HyperparameterError, choice, reals, short, whole
 from koopman_hpo.koopman import checks
 from koopman_hpo.koopman.deviation import standard_error
 from koopman_hpo.koopman.poles import LEAST_SQUARES, basis
 from koopman_hpo.koopman.select import candidate_delays, search, svht
-from koopman_hpo.koopman.window import Window, window
+from koopman_hpo.koopman.window import Window, times, window
 
 MAX_RANK = 8
+STEPS_COUNT = "Steps count snapshots after the last one."
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +68,12 @@ class Koopman:
         return (v * keep) @ self.weights
 
     def _steps(self, steps: Any, call: str) -> np.ndarray:
+        x = reals(f"koopman.{call}", "steps", steps, HyperparameterError)
         t = np.asarray(steps)
-        if t.dtype.kind not in "iu" or t.ndim > 1 or (t.size and t.min() < 0):
+        if t.dtype.kind not in "iu" or t.ndim > 1 or not ((x >= 0) & (x <= checks.MOST_STEPS)).all():
             raise HyperparameterError(
-                f"koopman.{call}: steps must be an integer >= 0, or a vector of such, got {steps!r}. "
-                f"Steps count snapshots after the last one."
+                f"koopman.{call}: steps must be a whole number in 0..{checks.MOST_STEPS}, or a vector of such, got "
+                f"{short(steps)}. {STEPS_COUNT}"
             )
         return t
 
@@ -87,7 +89,7 @@ class Koopman:
         Raises:
           HyperparameterError: steps are negative or no integers.
         """
-        if type(steps) is not int or steps < 0:
+        if type(steps) is not int or not 0 <= steps <= checks.MOST_STEPS:
             t = self._steps(steps, "forecast")
             if t.ndim:
                 return self._forecasts(t)
@@ -118,10 +120,14 @@ class Koopman:
         Raises:
           HyperparameterError: steps are negative or no integer.
         """
-        k = checks.integer(steps, "steps", "koopman.error", 0, None, "Steps count snapshots after the last one.")
+        k = whole("koopman.error", "steps", steps, 0, checks.MOST_STEPS, STEPS_COUNT)
         if self.stationary:  # the paper's rule gives none: the distance to where the trajectory is now
             return np.abs(self.constant - self.window.snapshots[-1])
-        return standard_error(self, k)
+        unit = self.window.unit
+        if unit == 1.0:
+            return standard_error(self, k)
+        scaled = replace(self, window=self.window._replace(snapshots=self.window.snapshots / unit))
+        return times(standard_error(scaled, k), unit)
 
 
 def _powers(lam: np.ndarray, t: Any) -> np.ndarray:
@@ -168,8 +174,8 @@ def fit(
     """
     data = window(snapshots, "koopman.fit", 3)
     m, q = data.snapshots.shape
-    if modes not in ("decaying", "stationary"):
-        checks.choice(modes, "modes", "koopman.fit", ("decaying", "stationary"))
+    if type(modes) is not str or modes != "decaying":
+        choice("koopman.fit", "modes", modes, ("decaying", "stationary"))
     c = checks.fraction(growth, "growth", "koopman.fit", 0.0, m)
     ds, ranks = _settings(delays, rank, m, q)
     intercept = 1 if modes == "decaying" else 0
@@ -189,13 +195,13 @@ def _settings(delays: Any, rank: Any, m: int, q: int) -> tuple[np.ndarray, tuple
     if type(delays) is int and type(rank) is int and 1 <= delays <= m - 2:  # the common case costs nothing
         ds = [delays]
     elif isinstance(delays, str) and delays == "auto":
-        ds = [max(1, min(m // 4, m - 2))] if rank == "svht" else candidate_delays(m)
+        ds = [max(1, min(m // 4, m - 2))] if isinstance(rank, str) and rank == "svht" else candidate_delays(m)
     else:
         do = 'Record more snapshots, or delays="auto".'
-        ds = [checks.integer(delays, "delays", "koopman.fit", 1, m - 2, do)]
+        ds = [whole("koopman.fit", "delays", delays, 1, m - 2, do)]
     if isinstance(rank, str) and rank in ("auto", "svht"):
         return np.array(ds), ((1, MAX_RANK) if rank == "auto" else (0, 0))
-    r = checks.integer(rank, "rank", "koopman.fit", 1, None, 'Or rank="auto", "svht".')
+    r = whole("koopman.fit", "rank", rank, do='Or rank="auto", "svht".')
     enough = [d for d in ds if r <= min(d * q, m - d - 1)]
     if not enough:
         raise HyperparameterError(
@@ -207,6 +213,6 @@ def _settings(delays: Any, rank: Any, m: int, q: int) -> tuple[np.ndarray, tuple
 
 def _absolute_gram(data: Window) -> np.ndarray:
     """The Gram matrix of the snapshots themselves, from the one relative to the first; one more read."""
-    H = data.snapshots
+    H = data.snapshots if data.unit == 1.0 else data.snapshots / data.unit
     cross = H @ H[0]
     return data.gram + cross[:, None] + cross[None, :] - cross[0]

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from koopman_hpo.errors import ShapeError
+from koopman_hpo.errors import ShapeError, reals, single_or_double, whole
 from koopman_hpo.kernels.cpu.trajectory import gram_row
-from koopman_hpo.koopman import checks
 
 BLOCK = 1024  # values a block: two rows of it stay in the first-level cache
 
@@ -26,11 +25,14 @@ class Recorder:
 
     def __init__(self, q: int, capacity: int, dtype: Any = np.float64) -> None:
         for name, value in (("q", q), ("capacity", capacity)):
-            checks.integer(value, name, "koopman.Recorder", 1, None, "Give a positive size.")
-        if np.dtype(dtype) not in (np.dtype(np.float32), np.dtype(np.float64)):
-            raise ShapeError(f"koopman.Recorder: dtype must be float32 or float64, got {np.dtype(dtype)}.")
-        self.q, self.capacity, self.dtype = int(q), int(capacity), np.dtype(dtype)
-        self.clear()
+            whole("koopman.Recorder", name, value, do="Give a positive size.")
+        self.q, self.capacity, self.dtype = int(q), int(capacity), single_or_double("koopman.Recorder", dtype)
+        try:
+            self.clear()
+        except (MemoryError, ValueError):
+            raise ShapeError(
+                f"koopman.Recorder: {capacity} snapshots of {q} values do not fit into memory. Give a smaller capacity."
+            ) from None
 
     def clear(self) -> None:
         """Forget all snapshots."""
@@ -44,16 +46,19 @@ class Recorder:
         Raises:
           ShapeError: wrong shape, values that are not finite, or the recorder is full.  Nothing is recorded then.
         """
-        m, h = self._length, np.asarray(h)
-        if h.shape != (self.q,) or h.dtype.kind not in "fiu":
-            raise ShapeError(
-                f"koopman.Recorder.append: h must be {self.q} real numbers, got shape {h.shape}, dtype {h.dtype}."
-            )
+        plain = isinstance(h, np.ndarray) and h.dtype.kind in "fiu"  # as it is: no copy of a wide one
+        m, h = self._length, h if plain else reals("koopman.Recorder.append", "h", h, want=f"{self.q} real numbers")
+        if h.shape != (self.q,):
+            raise ShapeError(f"koopman.Recorder.append: h must be {self.q} real numbers, got shape {h.shape}.")
         if m == self.capacity:
             raise ShapeError(
                 f"koopman.Recorder.append: full, {m} of {self.capacity} snapshots. Call clear(), or give more capacity."
             )
-        self._buffer[m] = h
+        if h.dtype == self.dtype:
+            self._buffer[m] = h
+        else:
+            with np.errstate(over="ignore"):  # found below
+                self._buffer[m] = h
         row = self._gram[m]
         gram_row(self._buffer, m + 1, BLOCK, row)
         if not np.isfinite(row[m]) or (m == 0 and not np.isfinite(h).all()):

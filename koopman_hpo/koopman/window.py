@@ -11,6 +11,7 @@ from koopman_hpo.kernels.cpu import trajectory
 from koopman_hpo.koopman import checks
 from koopman_hpo.koopman.recorder import Recorder
 
+USUAL = (1e-60, 1e70)  # the fourth power of what lies between is no zero and no infinity
 WIDE = 32  # from this many values on, BLAS makes the Gram matrix
 
 
@@ -18,7 +19,8 @@ class Window(NamedTuple):
     """A trajectory, checked, and the window's own: what happens to the caller's array later is no matter."""
 
     snapshots: np.ndarray  # (m, q) float64
-    gram: np.ndarray  # (m, m), of the snapshots minus the first one
+    gram: np.ndarray  # (m, m), of the snapshots minus the first one, over unit**2
+    unit: float = 1.0  # a power of two: not 1 where squares of the snapshots, or their squares, leave float64
 
 
 def relative_gram(H: np.ndarray) -> np.ndarray:
@@ -48,15 +50,39 @@ def window(snapshots: Any, call: str, least: int = 1) -> Window:
     """A `Window` of an array (m, q) or of a `Recorder`.
 
     Raises:
-      ShapeError: see `checks.trajectory`; or values that are not finite, or whose squares overflow.
+      ShapeError: see `checks.trajectory`; or values that are not finite.
     """
     if isinstance(snapshots, Recorder):
         H = snapshots.snapshots
         if len(H) < least:
             checks.trajectory(H, call, least)
-        return Window(H.astype(np.float64, copy=False), snapshots.gram.copy())
-    H = np.array(checks.trajectory(snapshots, call, least), order="C")
-    G = relative_gram(H)
-    if not math.isfinite(G.trace()):  # NaN, inf and overflow all show here, without a read of their own
+        H, G = H.astype(np.float64, copy=False), snapshots.gram.copy()
+    else:
+        H = np.array(checks.trajectory(snapshots, call, least), order="C")
+        G = relative_gram(H)
+    unit = _unit(H, sum(G.diagonal().tolist()), call)
+    return Window(H, G) if unit == 1.0 else Window(H, relative_gram(H / unit), unit)
+
+
+def _unit(H: np.ndarray, trace: float, call: str) -> float:
+    """1, or where that is far too large or small the power of two nearest below the largest value of H (m, q).
+
+    NaN, inf, overflow and underflow all show in the trace of the Gram matrix and in the first snapshot, so that the
+    rest is read once more only where there is something to be found.
+    """
+    low, high = USUAL
+    if low**2 < trace < high**2:
+        first = max(map(abs, H[0].tolist())) if H.shape[1] < WIDE else np.abs(H[0]).max()
+        if first < high:
+            return 1.0
+    peak = float(np.abs(H).max())
+    if not math.isfinite(peak):
         raise checks.not_finite(call, H)
-    return Window(H, G)
+    return 1.0 if peak == 0.0 or low < peak < high else math.ldexp(1.0, math.frexp(peak)[1] - 1)
+
+
+def times(x: np.ndarray, unit: float) -> np.ndarray:
+    """x unit, held within float64."""
+    most = np.finfo(np.float64).max
+    with np.errstate(over="ignore"):
+        return np.clip(x * unit, -most, most)

@@ -1,0 +1,55 @@
+"""What a run's snapshot must hold before any of it is taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ShapeError
+
+
+def check(call: str, snapshot: Any, like: Mapping[str, NDArray]) -> None:
+    """Refuse a snapshot that lacks an array of `like`, or holds one of another shape or kind.
+
+    Raises:
+      ShapeError: saying which.
+    """
+    if not isinstance(snapshot, Mapping):
+        raise ShapeError(f"{call}: needs what snapshot() returned, got {type(snapshot).__name__}.")
+    for name, array in like.items():
+        got = snapshot.get(name)
+        if not (isinstance(got, np.ndarray) and got.shape == array.shape and _alike(got.dtype, array.dtype)):
+            came = f"{got.shape} of {got.dtype}" if isinstance(got, np.ndarray) else "nothing" if got is None else repr(got)
+            raise ShapeError(
+                f"{call}: {name} must be {array.shape} of {array.dtype}, got {came}. The snapshot belongs to another "
+                f"model, space or optimizer."
+            )
+    if "directions" in snapshot and "directions" not in like:
+        raise ShapeError(f"{call}: the snapshot is of random directions, this run follows all q. Give both the same.")
+
+
+def _alike(a: np.dtype, b: np.dtype) -> bool:
+    return a == b or a.kind == b.kind == "U"  # text of any length
+
+
+def stored(rng: np.random.Generator) -> NDArray:
+    """A generator's state as an array of text."""
+    return np.array(json.dumps(rng.bit_generator.state))
+
+
+def generator(call: str, state: NDArray) -> np.random.Generator:
+    """A generator in a stored state.
+
+    Raises:
+      ShapeError: it is no state of one.
+    """
+    rng = np.random.default_rng(0)
+    try:
+        rng.bit_generator.state = json.loads(str(state))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ShapeError(f"{call}: rng is no state of a random generator ({error!r}).") from error
+    return rng

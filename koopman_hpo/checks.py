@@ -160,7 +160,7 @@ def seed(call: str, value: Any) -> int:
 
 def options(call: str, rule: Rule, given: Mapping[str, Any]) -> None:
     """Keywords that no factory takes, with the nearest that this one does."""
-    known = ("groups", "directions", "chunk", "seed")
+    known = ("groups", "directions", "chunk", "seed", "device")
     for name in given:
         if name not in known:
             names = sorted({*rule.defaults, *known})

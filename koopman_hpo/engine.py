@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import checks, snapshots, tangent
+from . import checks, devices, snapshots, tangent
 from .errors import AdapterError, HyperparameterError, ShapeError, nearest
 from .hyperparameters import Point, Space
-from .kernels import for_device
 from .kernels.arrays import Coefficients, Grads, TangentState
 from .optimizers import Dual, Rule
 from .problem import Array, Hypergradient, Linearisation, Problem
@@ -78,8 +77,10 @@ class CoreInner:
         directions: int | None = None,
         chunk: int | None = None,
         seed: int = 0,
+        device: str = "cpu",
     ):
         call = f"inner.{rule.name}"
+        self._device = devices.of(device)
         checks.problem(call, problem, space)
         self.problem, self.space, self.rule = problem, space, rule
         self._groups = checks.groups(call, problem, groups)
@@ -93,19 +94,17 @@ class CoreInner:
         self._rng = np.random.default_rng(checks.seed(call, seed))
         self.phi = space.phi0.copy()
         self._t = 0
-        self._state = tangent.init(problem.params, rule.slots, self._s or space.q, rule.fill)
+        self._state = self._device.state(tangent.init(problem.params, rule.slots, self._s or space.q, rule.fill))
         self._connect()
         self.directions: Array | None = None
         self._draw()
 
     def _connect(self) -> None:
         """What follows from the rest: the kernel, its layout, and views of the state."""
-        self._kernel = getattr(for_device("cpu"), self.rule.kernel)
-        cuts = tangent.blocks(self._groups)
-        scratch = np.empty((self.rule.scratch, int((cuts[:, 2] - cuts[:, 1]).max())), self._state.theta.dtype)
-        self._layout = (cuts, self.rule.flag, scratch)
-        self._still = tangent.still(self._state)
-        self._seen = Seen(*(checks.locked(a) for a in (self._state.theta, self._state.Z, self._still.Z)))
+        self._kernel = self._device.kernel(self.rule.kernel)
+        self._layout = self._device.layout(tangent.blocks(self._groups), self.rule, self._state.theta.dtype)
+        self._still = self._device.still(self._state)
+        self._seen = Seen(*(self._device.shown(a) for a in (self._state.theta, self._state.Z, self._still.Z)))
         self._cache: _Cache | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,12 +123,12 @@ class CoreInner:
 
     @property
     def params(self) -> Array:
-        return self._state.theta.copy()
+        return self._device.get(self._state.theta)
 
     @property
     def tangents(self) -> Array:
         """(q, p), or (s, p) along random directions: a copy of dtheta / dphi."""
-        return self._state.Z.copy()
+        return self._device.get(self._state.Z)
 
     @property
     def settings(self) -> str:
@@ -142,7 +141,7 @@ class CoreInner:
 
     def tangent_norm(self) -> float:
         """Frobenius norm of the tangents of theta: grows exponentially where training is chaotic."""
-        return float(np.linalg.norm(self._state.Z))
+        return self._device.norm(self._state.Z)
 
     def __repr__(self) -> str:
         p, q = self._state.theta.size, self.space.q
@@ -178,7 +177,7 @@ class CoreInner:
         """The derivative of the outer loss on `batch` with respect to the hyperparameters, at the current state."""
         phi, point = self.phi, self._prepare(self.phi).point
         value, dE, direct = self._outer(self._seen.theta, point, batch)
-        h = tangent.hypergradient(self._state, dE).astype(np.float64)
+        h = self._device.project(self._state, dE)
         if self.directions is not None:
             h = h @ self.directions / len(self.directions)
         for name, d in direct.items():
@@ -206,13 +205,13 @@ class CoreInner:
         """Scale the tangents by 0 <= rho <= 1.  At 0 they start again, along fresh random directions if any."""
         if not (isinstance(rho, int | float | np.number) and 0 <= rho <= 1):
             raise HyperparameterError(f"inner.forget: rho must lie in [0, 1], got {rho!r}.")
-        tangent.forget(self._state, float(rho))
+        self._device.forget(self._state, float(rho))
         if rho == 0:
             self._draw()
 
     def snapshot(self) -> dict[str, NDArray]:
         """Everything that a resumed run needs, as arrays that stay as they are while training goes on."""
-        out: dict[str, NDArray] = {k: v.copy() for k, v in zip(_ARRAYS, self._state, strict=True)}
+        out: dict[str, NDArray] = {k: self._device.get(v) for k, v in zip(_ARRAYS, self._state, strict=True)}
         out |= {"t": np.array(self.t), "phi": self.phi.copy()}
         if self.directions is not None:
             out |= {
@@ -232,7 +231,7 @@ class CoreInner:
         if self.directions is not None:
             rng = snapshots.generator("inner.restore", snapshot["rng"])
             self.directions, self._rng = np.array(snapshot["directions"]), rng
-        tangent.assign(self._state, TangentState(*(snapshot[name] for name in _ARRAYS)))
+        self._device.assign(self._state, TangentState(*(snapshot[name] for name in _ARRAYS)))
         self._t, self.phi, self._cache = t, phi, None
 
     def _like(self) -> dict[str, NDArray]:
@@ -242,6 +241,7 @@ class CoreInner:
 
     def dynamics(self) -> Dynamics:
         """Copies of the state, and the model's derivatives at any other one; nothing of the run moves by using them."""
+        self._on_host("dynamics")
         state = TangentState(*(a.copy() for a in self._state))
         return Dynamics(
             self.rule,
@@ -260,6 +260,7 @@ class CoreInner:
     def linearise(self, batch: Any, val_batch: Any = None) -> Linearisation:
         """Gradients and Hessian-vector products at the current state, of the inner loss on `batch` and of the outer
         loss on `val_batch` (default: `batch`).  The Hessian of the optimizer's own weight decay is not in it."""
+        self._on_host("linearise")
         point, theta = self._prepare(self.phi).point, checks.locked(self.params)
         val_batch = batch if val_batch is None else val_batch
         empty = {n: point.seeds[n][:0] for n in self._loss_names}
@@ -274,6 +275,10 @@ class CoreInner:
             return self._outer_hvp(theta, point, checks.rows("inner.linearise.outer_hvp", V, theta), val_batch)
 
         return Linearisation(grads.g.copy(), hvp, self._outer(theta, point, val_batch)[1].copy(), outer_hvp)
+
+    def _on_host(self, what: str) -> None:
+        if self._device.name != "cpu":
+            raise AdapterError(f"inner.{what}: works on the CPU only. Make the run with device='cpu'.")
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -330,11 +335,11 @@ class CoreInner:
         chunk = self._chunk or len(Z)
         if len(Z) <= chunk:
             return self._call(theta, cache.point, Z, cache.along, batch)
-        dG = np.empty_like(Z)
+        dG = self._device.like(Z)
         for a in range(0, len(Z), chunk):
             part = {n: s[a : a + chunk] for n, s in cache.along.items()}
             loss, grads = self._call(theta, cache.point, Z[a : a + chunk], part, batch)
-            dG[a : a + chunk] = grads.dG
+            self._device.write(dG[a : a + chunk], grads.dG)
         return loss, Grads(grads.g, dG)
 
     def _call(self, theta: Array, point: Point, Z: Array, dhyper: Mapping[str, Array], batch: Any) -> tuple[float, Grads]:
@@ -342,10 +347,10 @@ class CoreInner:
         out = self.problem.grad_jvp(theta, self._hyper(point), Z, dhyper, batch)
         if not (isinstance(out, tuple) and len(out) == 3):
             raise AdapterError(f"{call}: must return (loss, g (p,), dG (q, p)), got {type(out).__name__}.")
-        loss = checks.number(call, "loss", out[0])
-        g = checks.array(call, "g", out[1], theta.shape, theta.dtype)
-        dG = checks.array(call, "dG", out[2], Z.shape, theta.dtype)
-        if self._t == 0 and not (math.isfinite(loss) and np.isfinite(g).all()):
+        loss = self._device.number(call, "loss", out[0])
+        g = self._device.array(call, "g", out[1], theta.shape, theta.dtype)
+        dG = self._device.array(call, "dG", out[2], Z.shape, theta.dtype)
+        if self._t == 0 and not (math.isfinite(loss) and self._device.finite(g)):
             what = f"loss {loss}" if not math.isfinite(loss) else "gradient"
             raise AdapterError(
                 f"{call}: the inner loss and gradient must be finite at the initial parameters, got a {what} that is "
@@ -371,8 +376,8 @@ class CoreInner:
                 )
             shape = point.seeds[name].shape[1:]
             direct[name] = checks.array(call, f"dE_dhyper[{name!r}]", d, shape, np.dtype(np.float64))
-        dE = checks.array(call, "dE_dtheta", out[1], theta.shape, theta.dtype)
-        return checks.number(call, "value", out[0]), dE, direct
+        dE = self._device.array(call, "dE_dtheta", out[1], theta.shape, theta.dtype)
+        return self._device.number(call, "value", out[0]), dE, direct
 
     def _outer_hvp(self, theta: Array, point: Point, V: Array, batch: Any) -> Array:
         exact = self.problem.outer_hvp

@@ -5,7 +5,8 @@ in the space that the optimizer does not own are hyperparameters of the model's 
 
 Options that every factory takes: `groups`, lengths of the segments that a per-group hyperparameter is spread over
 (default: the problem's `segments`); `directions=s`, random tangent directions in place of all q (an unbiased estimate);
-`chunk`, directions handed to the model at a time; `seed` of the random directions.
+`chunk`, directions handed to the model at a time; `seed` of the random directions; `device="cuda"` for a model whose arrays
+lie on an NVIDIA card.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def sgd(
       problem: the model.  space: what to tune.
       lr, momentum, dampening, weight_decay: held fixed here unless in the space; a number or one a group.  Where
         neither, momentum, dampening and weight_decay are 0; lr must be given.
-      options: `groups`, `directions`, `chunk`, `seed` (see the module).
+      options: `groups`, `directions`, `chunk`, `seed`, `device` (see the module).
 
     Raises:
       HyperparameterError: an unknown name, a value outside its domain, one both tuned and fixed.

@@ -14,6 +14,7 @@ LAYERS = [
     {"problem", "hyperparameters"},
     {"optimizers", "tangent", "batches"},
     {"checks"},
+    {"devices"},
     {"engine"},
     {"inner"},
     {"koopman", "outer", "exact"},

@@ -7,6 +7,7 @@ digits that a large constant would cost.
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 
@@ -55,3 +56,8 @@ def hankel_gram(G, d, out):
         for k in range(1, d):
             for j in range(n):
                 out[i, j] += G[i + k, j + k]
+
+
+def combine(c, H, out):
+    """out[j] <- sum over snapshots of c[i] H[i, j]: a forecast from its weights.  c: (m,); H: (m, q); out: (q,)."""
+    np.matmul(c, H, out=out)

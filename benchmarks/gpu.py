@@ -1,0 +1,384 @@
+"""The CUDA kernels on a card: right first, then how near to the card's memory bandwidth, and what a whole step costs.
+
+    python benchmarks/gpu.py            # a few minutes on one NVIDIA card; needs the extras cuda, torch and test
+    NUMBA_ENABLE_CUDASIM=1 python benchmarks/gpu.py --smoke     # no card: what can be proven without one
+
+In order: every kernel against float64 NumPy on fresh random data; GB/s of each against a measured copy on the device, at
+p = 1e6, 1e7, 1e8 and q = 1, 3, 10; the fused SGD and Adam updates against eager, `foreach` and compiled torch; a launch
+at small p with and without a CUDA graph; the whole step of a ResNet-18 and of a transformer against plain training, its
+peak memory, and what crosses to the host in it.  Prints one table and writes benchmarks/results/gpu.json with the date and
+the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from gpu_models import SHARES, Device, Training, images, loss_of, resnet, texts, transformer
+from gpu_updates import UPDATES
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+from cuda_cases import CUDA, RULES, TOLERANCE, Case, close, opened, packed  # noqa: E402
+from numba import cuda  # noqa: E402
+
+from koopman_hpo import tangent  # noqa: E402
+from koopman_hpo.kernels.arrays import Coefficients, Grads, TangentState  # noqa: E402
+from koopman_hpo.kernels.cuda import launch, trajectory  # noqa: E402
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+RESULTS = HERE / "results" / "gpu.json"
+NAMES = ("sgd", "adam", "rmsprop", "adagrad", "lion")
+
+
+# -- right first ---------------------------------------------------------------------------------------------------------
+
+
+def prove_kernels(segments, q, m, seed):
+    """Every kernel against float64 NumPy; raises AssertionError where one differs."""
+    for name in RULES:
+        for dtype in (np.float64, np.float32):
+            case = Case(name, segments, q, dtype, seed, run=1024)
+            close(case.on_cuda(), case.expected(), TOLERANCE[dtype])
+        for stored in (np.float16, np.uint16):
+            case = Case(name, segments, q, np.float32, seed, run=1024).rounded(stored)
+            got, wanted = case.on_cuda(stored), case.expected()
+            close(got._replace(Z=wanted.Z, dslots=wanted.dslots), wanted, TOLERANCE[np.float32])
+            np.testing.assert_allclose(got.Z, wanted.Z, rtol=4e-3, atol=1e-4)
+    rng, p = np.random.default_rng(seed), sum(segments)
+    Z, dE, H, c = rng.normal(size=(q, p)), rng.normal(size=p), rng.normal(size=(m, p)), rng.normal(size=m)
+    d = cuda.to_device
+    out, work = d(np.empty(q)), d(np.empty((SHARES, q)))
+    scale = np.sqrt(p)
+    CUDA.project(d(Z), d(dE), work, out)
+    np.testing.assert_allclose(out.copy_to_host(), Z @ dE, atol=1e-13 * scale)
+    bits = packed(Z, np.uint16)
+    CUDA.project(d(bits), d(dE.astype(np.float32)), work, out)
+    np.testing.assert_allclose(out.copy_to_host(), opened(bits).astype(float) @ dE.astype(np.float32), atol=1e-13 * scale)
+    for call, wanted in (
+        (lambda out: trajectory.gram_row(d(H), m, 0, out), (H - H[0]) @ (H[-1] - H[0])),
+        (lambda out: trajectory.gram(d(H[:, :500].copy()), out), (H - H[0])[:, :500] @ (H - H[0])[:, :500].T),
+        (lambda out: trajectory.hankel_gram(d(H @ H.T), 2, out), (H @ H.T)[:-1, :-1] + (H @ H.T)[1:, 1:]),
+        (lambda out: trajectory.combine(d(c), d(H), out), c @ H),
+    ):
+        out = d(np.empty(wanted.shape))
+        call(out)
+        np.testing.assert_allclose(out.copy_to_host(), wanted, rtol=1e-12, atol=1e-12 * scale)
+    x = d(Z)
+    CUDA.scale(x, 0.7)
+    np.testing.assert_array_equal(x.copy_to_host(), 0.7 * Z)
+
+
+def prove_updates(device, p):
+    """torch's eager and `foreach` updates against the kernels, so that the race is between equals."""
+    for name, peers in UPDATES.items():
+        wanted = buffers(name, p, 3, device, torch.float64)
+        kernel_step(name, wanted, device)()
+        for peer in peers:
+            got = buffers(name, p, 3, device, torch.float64)
+            peer_step(peer, got)()
+            for x, y in zip(got[0], wanted[0], strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
+
+
+def prove_training(device):
+    """The tangents of the gradient that a whole step uses, against central differences of the gradient."""
+    torch.manual_seed(0)
+    small = (resnet(4), images(6, 8, device.name, torch.float64)), (transformer(11, 8, 1), texts(3, 5, 11, device.name))
+    for model, batch in small:
+        run = Training(model.double(), batch, device)
+        for _ in range(3):
+            run.step()
+        h = run.hypergradient().clone()
+        torch.testing.assert_close(h, run.state.Z @ run.grads.g, rtol=1e-12, atol=1e-14)
+        theta, Z, e = run.state.theta.clone(), run.state.Z.clone(), 1e-6
+        run.step()
+        for j in range(len(Z)):
+            sides = []
+            for sign in (1, -1):
+                run.state.theta.copy_(theta + sign * e * Z[j] / Z[j].norm())
+                sides.append(torch.cat([x.reshape(-1) for x in torch.autograd.grad(run.loss(), run.params)]))
+            slope = (sides[0] - sides[1]) * (Z[j].norm() / (2 * e))
+            assert (slope - run.grads.dG[j]).norm() < 1e-5 * slope.norm(), "the tangents of the gradient are wrong"
+
+
+# -- what is measured ----------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """Sizes and repeats."""
+
+    sizes: tuple[int, ...]  # p
+    directions: tuple[int, ...]  # q
+    race: int  # p of the race against torch
+    copied: int  # floats
+    models: tuple[tuple[str, Callable, Callable], ...]  # (name, model, batch(device))
+    repeats: int
+    backend: str  # of torch.compile
+
+
+FULL = Plan(
+    (10**6, 10**7, 10**8),
+    (1, 3, 10),
+    10**7,
+    2**28,
+    (
+        ("ResNet-18, batch 128", resnet, lambda device: images(128, 32, device, torch.float32)),
+        ("transformer, batch 32 x 128", transformer, lambda device: texts(32, 128, 1000, device)),
+    ),
+    20,
+    "inductor",
+)
+TINY = Plan(
+    (1000,),
+    (1, 3),
+    1000,
+    1000,
+    (
+        ("ResNet-18, tiny", lambda: resnet(2), lambda device: images(4, 8, device, torch.float32)),
+        ("transformer, tiny", lambda: transformer(11, 8, 1), lambda device: texts(2, 5, 11, device)),
+    ),
+    1,
+    "eager",
+)
+
+
+def buffers(name, p, q, device, dtype=torch.float32):
+    """(state, grads, coefficients, blocks, scratch) of a kernel in the middle of a run, as torch tensors."""
+    rule = RULES[name][0]
+    make = torch.Generator(device.name).manual_seed(p + q)
+    new = lambda *shape: torch.rand(shape, generator=make, device=device.name, dtype=dtype).add_(0.5)
+    small = Case(name, (1,), q, np.float64).coefficients
+    rows = Coefficients(*(torch.tensor(x, dtype=dtype, device=device.name) for x in small))
+    state, grads = TangentState(new(p), new(rule.slots, p), new(q, p), new(rule.slots, q, p)), Grads(new(p), new(q, p))
+    return state, grads, rows, torch.from_numpy(tangent.blocks((p,))).to(device.name), torch.empty(7, 1024, dtype=dtype)
+
+
+def kernel_step(name, held, device):
+    """A function that launches the kernel on buffers."""
+    state, grads, rows, blocks = map(device.see, held[:4])
+    return lambda: device.call(getattr(device.kernels, name), grads, rows, blocks, False, held[4].numpy(), state)
+
+
+def peer_step(peer, held):
+    state, grads, rows, _, _ = held
+    c, dc = tuple(rows.c[:, 0].tolist()), rows.dc[:, :, 0]
+    return lambda: peer(state, grads, c, dc)
+
+
+def copy_bandwidth(plan, device):
+    """GB/s, read and written, of a copy within the device's memory."""
+    a = torch.zeros(plan.copied, device=device.name)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / device.milliseconds(lambda: b.copy_(a), plan.repeats) / 1e6
+
+
+def bandwidths(plan, device, copy):
+    rows = {}
+    for p, q, (name, (make, moved, held)) in product(plan.sizes, plan.directions, launchers(device).items()):
+        if 4 * held(p, q) > 0.9 * device.free():
+            continue
+        rate = 4 * moved(p, q) / device.milliseconds(make(p, q), plan.repeats) / 1e6
+        rows[f"{name}, p = {p:.0e}, q = {q}"] = {"GB/s": rate, "of_copy": rate / copy}
+    return rows
+
+
+def launchers(device):
+    """{kernel: (maker of a launch at p and q, floats that it moves, floats that it holds)}."""
+    random = lambda *shape: torch.randn(shape, device=device.name)
+    see, call = device.see, device.call
+
+    def project(p, q):
+        work, out = torch.zeros(SHARES, q, device=device.name, dtype=torch.float64), torch.zeros(q, device=device.name)
+        args = [see(x) for x in (random(q, p), random(p), work, out)]
+        return lambda: call(device.kernels.project, *args)
+
+    def scale(p, q):
+        x = see(random(q, p))
+        return lambda: call(device.kernels.scale, x, 0.999)
+
+    def combine(p, q):
+        args = [see(x) for x in (random(q), random(q, p), random(p))]
+        return lambda: call(device.trajectory.combine, *args)
+
+    def gram_row(p, q):
+        H, out = see(random(q, p)), see(random(q))
+        return lambda: call(device.trajectory.gram_row, H, q, 1024, out)
+
+    def fused(name):
+        k = RULES[name][0].slots
+        make = lambda p, q: kernel_step(name, buffers(name, p, q, device), device)
+        return make, lambda p, q: p * (1 + q) * (2 + 2 * k + 1), lambda p, q: p * (1 + q) * (2 + k)
+
+    around = lambda p, q: p * (q + 1)
+    return {name: fused(name) for name in NAMES} | {
+        "project": (project, around, around),
+        "scale": (scale, lambda p, q: 2 * p * q, around),
+        "combine": (combine, around, around),
+        "gram_row": (gram_row, lambda p, q: p * q, around),
+    }
+
+
+def races(plan, device):
+    """The fused updates at q = 3 against torch's own operations: ms, and how many times ours is faster."""
+    rows = {}
+    for name, (eager, foreach) in UPDATES.items():
+        held = buffers(name, plan.race, 3, device)
+        ours = device.milliseconds(kernel_step(name, held, device), plan.repeats)
+        rows[f"{name}, ours"] = {"ms": ours, "times_ours": 1.0}
+        for label, peer in (
+            ("eager", eager),
+            ("foreach", foreach),
+            ("compiled", torch.compile(eager, backend=plan.backend)),
+        ):
+            ms = device.milliseconds(peer_step(peer, held), plan.repeats)
+            rows[f"{name}, {label}"] = {"ms": ms, "times_ours": ms / ours}
+    return rows
+
+
+def launches(plan, device):
+    """Microseconds on the clock of a small SGD update (p = 1000, q = 3), launched one by one and from a CUDA graph."""
+    go, n = kernel_step("sgd", buffers("sgd", 1000, 3, device), device), 100
+
+    def clock(call):
+        times = []
+        for _ in range(plan.repeats):
+            device.wait()
+            start = time.perf_counter()
+            call()
+            device.wait()
+            times.append((time.perf_counter() - start) / n * 1e6)
+        return {"us": statistics.median(times)}
+
+    go()
+    rows = {"one by one": clock(lambda: [go() for _ in range(n)])}
+    if device.cuda:
+        graph = torch.cuda.CUDAGraph()
+        device.wait()
+        with torch.cuda.graph(graph):
+            for _ in range(n):
+                go()
+        rows["in a CUDA graph"] = clock(graph.replay)
+    return rows
+
+
+def plain_torch(model, batch, device):
+    """Plain training with torch's own fused SGD."""
+    opt = torch.optim.SGD(model.to(device.name).parameters(), 0.05, 0.9, weight_decay=1e-3, fused=True)
+
+    def step():
+        opt.zero_grad()
+        loss_of(model, batch).backward()
+        opt.step()
+
+    return step
+
+
+def whole_step(plan, device, model, batch, q=3):
+    """A step with q tangents, recording a hypergradient, and plain training: ms, ratios, peak memory, what crosses."""
+    clock = lambda call: device.milliseconds(call, plan.repeats)
+    torch.manual_seed(0)
+    peak_torch, ms_torch = device.peak(lambda: clock(plain_torch(model(), batch, device)))
+    peak_plain, ms_plain = device.peak(lambda: clock(Training(model(), batch, device, q).plain))
+    run = Training(model(), batch, device, q)
+    peak_step, ms_step = device.peak(lambda: clock(run.step))
+    return {
+        "ms_torch": ms_torch,
+        "ms_plain": ms_plain,
+        "ms_step": ms_step,
+        "ms_record": clock(run.hypergradient),
+        "step_to_floor": ms_step / ((1 + 2 * q) * min(ms_torch, ms_plain)),
+        "peak_MiB_torch": peak_torch,
+        "peak_MiB_plain": peak_plain,
+        "peak_MiB_step": peak_step,
+        "bytes_to_host": to_host(run.step) if device.cuda else 0,
+    }
+
+
+def to_host(step):
+    """Bytes that one step copies from the card to the host, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return sum(e["args"].get("bytes", 0) for e in events if "DtoH" in e.get("name", ""))
+
+
+# -- saying it -----------------------------------------------------------------------------------------------------------
+
+
+def measure(plan, device):
+    copy = copy_bandwidth(plan, device)
+    return {
+        "date": date.today().isoformat(),
+        "card": torch.cuda.get_device_name() if device.cuda else "no card",
+        "copy_GB/s": copy,
+        "kernels": bandwidths(plan, device, copy),
+        f"updates, p = {plan.race:.0e}, q = 3": races(plan, device),
+        "a launch, p = 1000": launches(plan, device),
+        "whole steps, q = 3": {
+            name: whole_step(plan, device, model, data(device.name)) for name, model, data in plan.models
+        },
+        "versions": {name: version(name) for name in ("numpy", "numba", "torch")},
+    }
+
+
+def report(result):
+    print(f"{result['card']}, {result['date']}: a copy makes {result['copy_GB/s']:.0f} GB/s")
+    for part, rows in result.items():
+        if isinstance(rows, dict) and part != "versions":
+            print(f"\n{part}")
+            for name, values in rows.items():
+                print(f"  {name:30s}" + "".join(f"  {k} {v:.4g}" for k, v in values.items()))
+    print("\nbars: of_copy .85 from p = 1e7; times_ours 3 for eager, 1 for compiled; step_to_floor 1.15 for the ResNet-18")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="no card: proofs in the simulator, and a dry run on the CPU")
+    parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the random data; fresh by default")
+    args = parser.parse_args()
+    if args.smoke != SIMULATED or not (args.smoke or torch.cuda.is_available()):
+        raise SystemExit(
+            "gpu.py: needs an NVIDIA card and a torch that sees it, or, without one, --smoke and NUMBA_ENABLE_CUDASIM=1 in "
+            "the environment."
+        )
+    print(f"seed {args.seed}")
+    if args.smoke:
+        launch.THREADS, launch.BLOCKS = 4, 2
+    prove_kernels(*(((3, 14, 2), 2, 3) if args.smoke else ((300_000, 700_003, 1), 3, 20)), args.seed)
+    print("all kernels agree with float64 NumPy")
+    device = Device("cpu" if args.smoke else "cuda")
+    prove_updates(device, 40 if args.smoke else 100_003)
+    prove_training(device)
+    print("torch's updates and the whole steps agree with the kernels and with central differences")
+    result = measure(TINY if args.smoke else FULL, device) | {"seed": args.seed}
+    report(result)
+    if args.smoke:
+        print("\nA dry run on the CPU: these times say nothing, and are not kept.")
+        return
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Where a run's arrays live, and what the engine does with them there: NumPy's memory, or that of a card.
+
+Both classes have the same methods.  What is small, q or a group's values, is made on the host; what has p in its shape
+stays where it lives, until it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import checks, tangent
+from .errors import AdapterError, short
+from .kernels import for_device
+from .kernels.arrays import Coefficients, Grads, TangentState
+from .optimizers import Rule
+from .problem import Array
+
+SHARES = 512  # of a sum over parameters, on a card
+
+
+class Host:
+    """NumPy's memory."""
+
+    name = "cpu"
+
+    def state(self, host: TangentState) -> TangentState:
+        """A state that was made on the host, moved to where it lives."""
+        return host
+
+    def still(self, state: TangentState) -> TangentState:
+        """The same state without tangent directions: stepping it is plain training."""
+        return tangent.still(state)
+
+    def kernel(self, name: str) -> Callable[..., None]:
+        return getattr(for_device(self.name), name)
+
+    def layout(self, cuts: NDArray[np.int64], rule: Rule, dtype: np.dtype) -> tuple[Any, bool, Any]:
+        """The kernel's (blocks, flag, work)."""
+        return cuts, rule.flag, np.empty((rule.scratch, int((cuts[:, 2] - cuts[:, 1]).max())), dtype)
+
+    def shown(self, a: Array) -> Array:
+        """What a model sees of an array of the engine's: here it cannot be written to."""
+        return checks.locked(a)
+
+    def get(self, a: Array) -> Array:
+        """A copy on the host."""
+        return a.copy()
+
+    def assign(self, state: TangentState, source: TangentState) -> None:
+        tangent.assign(state, source)
+
+    def forget(self, state: TangentState, rho: float) -> None:
+        tangent.forget(state, rho)
+
+    def project(self, state: TangentState, dE_dtheta: Array) -> Array:
+        """(q,) float64 on the host: `Z dE_dtheta`."""
+        return tangent.hypergradient(state, dE_dtheta).astype(np.float64)
+
+    def norm(self, Z: Array) -> float:
+        return float(np.linalg.norm(Z))
+
+    def finite(self, g: Array) -> bool:
+        return bool(np.isfinite(g).all())
+
+    def number(self, call: str, name: str, x: Any) -> float:
+        """A model's loss."""
+        return checks.number(call, name, x)
+
+    def array(self, call: str, name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """A model's array, checked.  Raises AdapterError."""
+        return checks.array(call, name, a, shape, dtype)
+
+    def like(self, a: Array) -> Array:
+        return np.empty_like(a)
+
+    def write(self, into: Array, source: Array) -> None:
+        into[...] = source
+
+
+class Card:
+    """The memory of an NVIDIA card.  Models give and take anything with `__cuda_array_interface__`.
+
+    Only a hypergradient (q values), a loss, and what is asked for crosses to the host; only coefficients that have changed
+    cross to the card.  Arrays that a model is shown are the engine's own, and not protected: it must not write to them.
+
+    Attributes:
+      stream: gives the stream to run on, at every call; the default stream unless an adapter sets it.
+    """
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        self._kernels = for_device("cuda")
+        from numba import cuda
+
+        self._cuda = cuda
+        self.stream: Callable[[], Any] = lambda: 0
+        self._rows: dict[tuple[int, ...], tuple[Coefficients, list[bytes]]] = {}
+        self._sums: tuple[Any, Any] | None = None
+
+    def state(self, host: TangentState) -> TangentState:
+        return TangentState(*map(self._put, host))
+
+    def still(self, state: TangentState) -> TangentState:
+        dtype, p, k = state.theta.dtype, state.theta.size, len(state.slots)
+        none = (self._cuda.device_array(shape, dtype) for shape in ((0, p), (k, 0, p)))
+        return TangentState(state.theta, state.slots, *none)
+
+    def kernel(self, name: str) -> Callable[..., None]:
+        launch = getattr(self._kernels, name)
+
+        def step(grads: Grads, rows: Coefficients, blocks: Any, flag: bool, work: Any, state: TangentState) -> None:
+            launch(grads, self._uploaded(rows), blocks, flag, work, state, stream=self._on())
+
+        return step
+
+    def layout(self, cuts: NDArray[np.int64], rule: Rule, dtype: np.dtype) -> tuple[Any, bool, Any]:
+        return self._put(cuts), rule.flag, None
+
+    def shown(self, a: Any) -> Any:
+        return a
+
+    def get(self, a: Any) -> Array:
+        return a.copy_to_host(stream=self._on())
+
+    def assign(self, state: TangentState, source: TangentState) -> None:
+        for into, out in zip(state, source, strict=True):
+            self.write(into, out)
+
+    def forget(self, state: TangentState, rho: float) -> None:
+        for tangents in (state.Z, state.dslots):
+            self._kernels.scale(tangents, rho, stream=self._on())
+
+    def project(self, state: TangentState, dE_dtheta: Any) -> Array:
+        return self._product(state.Z, dE_dtheta)
+
+    def norm(self, Z: Any) -> float:
+        return float(np.sqrt(self._product(Z.reshape(1, Z.size), Z.reshape(Z.size))[0]))
+
+    def finite(self, g: Any) -> bool:
+        return bool(np.isfinite(self._product(g.reshape(1, g.size), g)[0]))
+
+    def number(self, call: str, name: str, x: Any) -> float:
+        return checks.number(call, name, x.item() if hasattr(x, "__cuda_array_interface__") else x)
+
+    def array(self, call: str, name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        try:
+            out = self._kernels.device_array(a)
+        except TypeError as error:
+            raise AdapterError(f"{call}: {name} must lie on the device, got {short(a)} ({error})") from None
+        if tuple(out.shape) != shape or out.dtype != dtype:
+            raise AdapterError(f"{call}: {name} must be {shape} of {dtype}, got {tuple(out.shape)} of {out.dtype}.")
+        return out
+
+    def like(self, a: Any) -> Any:
+        return self._cuda.device_array(tuple(a.shape), a.dtype)
+
+    def write(self, into: Any, source: Any) -> None:
+        if into.size:
+            into.copy_to_device(source, stream=self._on())
+
+    def _on(self) -> Any:
+        return self._kernels.device_stream(self.stream())
+
+    def _put(self, a: NDArray) -> Any:
+        return self._cuda.to_device(np.ascontiguousarray(a), stream=self._on())
+
+    def _uploaded(self, rows: Coefficients) -> Coefficients:
+        """The kernel's coefficients on the card, written there only where they have changed."""
+        rows = Coefficients(*map(np.ascontiguousarray, rows))
+        if rows.dc.shape not in self._rows:
+            self._rows[rows.dc.shape] = Coefficients(*map(self._put, rows)), [a.tobytes() for a in rows]
+        there, known = self._rows[rows.dc.shape]
+        for i, (into, a) in enumerate(zip(there, rows, strict=True)):
+            if a.tobytes() != known[i]:
+                self.write(into, a)
+                known[i] = a.tobytes()
+        return there
+
+    def _product(self, Z: Any, x: Any) -> Array:
+        """(q,) on the host: Z x."""
+        if self._sums is None or len(self._sums[1]) != len(Z):
+            shapes = (SHARES, len(Z)), (len(Z),)
+            self._sums = tuple(self._cuda.device_array(shape, np.float64) for shape in shapes)
+        assert self._sums is not None
+        self._kernels.project(Z, x, *self._sums, stream=self._on())
+        return self.get(self._sums[1])
+
+
+def of(name: Any) -> Host | Card:
+    """The device of that name.  Raises ValueError: no such one; RuntimeError: no card."""
+    for_device(name)
+    return Host() if name == "cpu" else Card()

@@ -1,0 +1,80 @@
+"""What else is done with all tangents at once; see `kernels.cpu.tangents`.
+
+`Z dE_dtheta` in two stages, each in a fixed order, so that the same sizes give the same bits: every block sums its share of
+the parameters in float64, then one block a tangent sums the shares.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numba import cuda, float64
+
+from .launch import covering, device_array, launch
+from .storage import storage
+from .sums import block_sum
+
+ROWS = 4  # tangents that one thread sums: dE_dtheta is read once for all of them
+
+
+def project(Z, dE_dtheta, work, out, *, stream=0):
+    """out[j] <- Z[j] . dE_dtheta.  Z: (q, p); dE_dtheta: (p,); work: (n, q) float64, for n shares (512 do); out: (q,)."""
+    Z, dE, work, out = (device_array(x) for x in (Z, dE_dtheta, work, out))
+    q, p = Z.shape
+    n = min(len(work), covering(p))
+    launch(_shares(storage(Z.dtype, dE.dtype).load), (-(-q // ROWS), n), stream, Z, dE, work, sums=True)
+    launch(_total, (q, 1), stream, work, n, out, sums=True)
+
+
+def scale(tangents, rho, *, stream=0):
+    """Multiply a tangent array of any shape by rho, in place; 0 clears it, also where it is not finite."""
+    x = device_array(tangents)
+    arithmetic = np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
+    load, store = storage(x.dtype, arithmetic)
+    launch(_scale(load, store), (covering(x.size), 1), stream, x.reshape(x.size), arithmetic.type(rho))
+
+
+@cache
+def _shares(load):
+    @cuda.jit
+    def kernel(Z, dE, work):
+        """work[y, j] <- the share y of tangent j, for ROWS tangents j; the last one again where there are fewer."""
+        q, p = Z.shape
+        j = ROWS * cuda.blockIdx.x
+        j1, j2, j3 = min(j + 1, q - 1), min(j + 2, q - 1), min(j + 3, q - 1)
+        s0 = s1 = s2 = s3 = float64(0)
+        for i in range(cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x, p, cuda.gridDim.y * cuda.blockDim.x):
+            e = float64(dE[i])
+            s0 += load(Z[j, i]) * e
+            s1 += load(Z[j1, i]) * e
+            s2 += load(Z[j2, i]) * e
+            s3 += load(Z[j3, i]) * e
+        shared = cuda.shared.array(0, float64)
+        s0, s1, s2, s3 = block_sum(s0, shared), block_sum(s1, shared), block_sum(s2, shared), block_sum(s3, shared)
+        if cuda.threadIdx.x == 0:
+            y = cuda.blockIdx.y
+            work[y, j], work[y, j1], work[y, j2], work[y, j3] = s0, s1, s2, s3
+
+    return kernel
+
+
+@cuda.jit
+def _total(work, n, out):
+    """out[j] <- the sum of the first n shares of tangent j."""
+    j, s = cuda.blockIdx.x, float64(0)
+    for y in range(cuda.threadIdx.x, n, cuda.blockDim.x):
+        s += work[y, j]
+    s = block_sum(s, cuda.shared.array(0, float64))
+    if cuda.threadIdx.x == 0:
+        out[j] = s
+
+
+@cache
+def _scale(load, store):
+    @cuda.jit
+    def kernel(x, rho):
+        for i in range(cuda.grid(1), x.size, cuda.gridsize(1)):
+            x[i] = store(load(x[i]) * rho) if rho != 0 else store(rho)
+
+    return kernel

@@ -1,0 +1,186 @@
+"""Runs of the core on a card are those on the CPU; `test_cuda.py` runs this file under Numba's simulator."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from koopman_hpo_adapters.numpy import mlp
+from numba import cuda
+
+from koopman_hpo import Space, devices, inner, log, logit
+from koopman_hpo.errors import AdapterError
+from koopman_hpo.kernels.cuda import launch
+
+SPACES = {
+    "sgd": Space(lr=log(0.1), momentum=logit(0.8), l2=log(1e-2)),
+    "adam": Space(lr=log(0.02), beta1=logit(0.8), beta2=logit(0.9)),
+    "adamw": Space(lr=log(0.02), weight_decay=log(0.1)),
+    "rmsprop": Space(lr=log(0.02), alpha=logit(0.9), momentum=logit(0.3)),
+    "adagrad": Space(lr=log(0.1), lr_decay=log(0.1)),
+    "lion": Space(lr=log(0.01), weight_decay=log(0.1)),
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(launch, "THREADS", 4)
+    monkeypatch.setattr(launch, "BLOCKS", 2)
+    monkeypatch.setattr(devices, "SHARES", 2)
+
+
+def on_card(problem):
+    """The same model with its arrays on the card."""
+    host = lambda a: a.copy_to_host()
+
+    def grad_jvp(theta, hyper, Z, dhyper, batch):
+        loss, g, dG = problem.grad_jvp(host(theta), hyper, host(Z), dhyper, batch)
+        return loss, cuda.to_device(g), cuda.to_device(np.ascontiguousarray(dG))
+
+    def outer(theta, hyper, batch):
+        value, dE, direct = problem.outer(host(theta), hyper, batch)
+        return value, cuda.to_device(dE), direct
+
+    return dataclasses.replace(problem, grad_jvp=grad_jvp, outer=outer)
+
+
+def pair(name, dtype=np.float64, space=None, **options):
+    model = mlp((2, 3, 2), dtype=dtype)
+    make, space = getattr(inner, name), space or SPACES[name]
+    return make(model, space, **options), make(on_card(model), space, device="cuda", **options)
+
+
+def batches(n, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    return [(rng.normal(size=(4, 2)).astype(dtype), rng.integers(0, 2, 4)) for _ in range(n)]
+
+
+def same(run, twin, val, tolerance=1e-11):
+    h, other = run.hypergradient(val), twin.hypergradient(val)
+    for x, y in (
+        (h.value, other.value),
+        (h.grad, other.grad),
+        (run.params, twin.params),
+        (run.tangents, twin.tangents),
+        (run.tangent_norm(), twin.tangent_norm()),
+    ):
+        np.testing.assert_allclose(y, x, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, np.float64) for name in SPACES), ("adam", np.float32)])
+def test_a_run_is_the_one_on_the_cpu(name, dtype):
+    run, twin = pair(name, dtype)
+    data = batches(3, dtype)
+    for batch in data:
+        assert twin.step(run.space.phi0, batch) == pytest.approx(run.step(run.space.phi0, batch), rel=1e-5)
+    same(run, twin, data[0], 1e-11 if dtype == np.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("options", [{"chunk": 2}, {"directions": 2, "seed": 3}, {"groups": (9, 8)}])
+def test_options_mean_the_same(options):
+    space = Space(lr=log([0.1, 0.05]), momentum=logit(0.8)) if "groups" in options else None
+    run, twin = pair("sgd", space=space, **options)
+    for batch in batches(2):
+        for each in (run, twin):
+            each.step(each.space.phi0, batch)
+    same(run, twin, batches(1)[0])
+
+
+def test_plain_steps_leave_the_tangents():
+    run, twin = pair("adam")
+    first, second = batches(2)
+    for each in (run, twin):
+        each.step(each.space.phi0, first)
+        each.step(each.space.phi0, second, tangents=False)
+    same(run, twin, first)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+def test_forgets_and_goes_back(rho):
+    run, twin = pair("rmsprop")
+    first, second = batches(2)
+    for each in (run, twin):
+        each.step(each.space.phi0, first)
+    start = twin.snapshot()
+    for each in (run, twin):
+        each.forget(rho)
+        each.step(each.space.phi0 + 0.1, second)
+    same(run, twin, first)
+    twin.restore(start)
+    for name, array in twin.snapshot().items():
+        np.testing.assert_array_equal(array, start[name])
+    run.restore(start)
+    for each in (run, twin):
+        each.step(each.space.phi0, second)
+    same(run, twin, first)
+
+
+def test_coefficients_cross_to_the_card_only_when_they_change(monkeypatch):
+    sent = []
+    write = devices.Card.write
+    monkeypatch.setattr(devices.Card, "write", lambda card, into, a: sent.append(a.shape) or write(card, into, a))
+    _, twin = pair("sgd")
+    phi, batch = twin.space.phi0, batches(1)[0]
+    for _ in range(2):  # dampening begins with the second step
+        twin.step(phi, batch)
+    sent.clear()
+    twin.step(phi, batch)
+    assert sent == []
+    twin.step(phi + 0.1, batch)
+    assert sent == [(4, 2), (4, 3, 2)]
+
+
+def test_a_model_that_stays_on_the_host_is_refused():
+    model = mlp((2, 3, 2))
+    lazy = lambda theta, hyper, Z, *rest: model.grad_jvp(theta.copy_to_host(), hyper, Z.copy_to_host(), *rest)
+    run = inner.sgd(dataclasses.replace(model, grad_jvp=lazy), SPACES["sgd"], device="cuda")
+    with pytest.raises(AdapterError, match="g must lie on the device"):
+        run.step(run.space.phi0, batches(1)[0])
+    assert run.t == 0
+
+
+@pytest.mark.parametrize("spoil", [lambda g: g.astype(np.float32), lambda g: g[:-1].copy()])
+def test_a_gradient_of_another_shape_or_type_is_refused(spoil):
+    model = on_card(mlp((2, 3, 2)))
+
+    def bad(*args):
+        loss, g, dG = model.grad_jvp(*args)
+        return loss, cuda.to_device(spoil(g.copy_to_host())), dG
+
+    run = inner.sgd(dataclasses.replace(model, grad_jvp=bad), SPACES["sgd"], device="cuda")
+    with pytest.raises(AdapterError, match=r"g must be \(17,\) of float64, got"):
+        run.step(run.space.phi0, batches(1)[0])
+
+
+def test_a_diverged_start_is_refused():
+    model = on_card(mlp((2, 3, 2)))
+
+    def bad(*args):
+        loss, g, dG = model.grad_jvp(*args)
+        return loss, cuda.to_device(np.full(g.size, np.nan)), dG
+
+    run = inner.sgd(dataclasses.replace(model, grad_jvp=bad), SPACES["sgd"], device="cuda")
+    with pytest.raises(AdapterError, match="must be finite at the initial parameters"):
+        run.step(run.space.phi0, batches(1)[0])
+
+
+def test_what_works_on_the_host_only_says_so():
+    _, twin = pair("sgd")
+    with pytest.raises(AdapterError, match="CPU only"):
+        twin.linearise(batches(1)[0])
+
+
+def test_everything_runs_on_the_stream_that_is_set(monkeypatch):
+    used = []
+    monkeypatch.setattr(cuda, "external_stream", lambda handle: used.append(handle) or 0, raising=False)
+    _, twin = pair("sgd")
+    twin._device.stream = type("Stream", (), {"cuda_stream": 7})
+    for act in (
+        lambda: twin.step(twin.space.phi0, batches(1)[0]),
+        lambda: twin.hypergradient(batches(1)[0]),
+        lambda: twin.params,
+        lambda: twin.forget(0.5),
+        lambda: twin.restore(twin.snapshot()),
+    ):
+        used.clear()
+        act()
+        assert set(used) == {7}

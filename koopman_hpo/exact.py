@@ -141,7 +141,7 @@ def check_hypergradient(
         )
     eps = float(np.finfo(run.params.dtype).eps)
     single = run.params.dtype == np.float32
-    least, most = math.sqrt(eps), float(np.min((run.space.most - run.space.least) / 2, initial=1.0))
+    least, most = math.sqrt(eps), float(np.min(run.space.most / 2 - run.space.least / 2, initial=1.0))
     need = f"a number in {least:.1g}..{most:.2g}: rounding swallows a smaller one, a larger one leaves the bounds"
     step = number(call, "step", min(most, 3e-2 if single else 1e-3) if step is None else step, need, least, most)
     rtol = number(

@@ -1,5 +1,7 @@
 """The conformance suite itself: the core passes it, and a wrong adapter does not."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -56,6 +58,46 @@ class WithoutDirectDerivative(Conformance):
 def test_finds_a_missing_derivative(wrong):
     with pytest.raises(AssertionError, match="logistic, sgd"):
         wrong().test_agrees_with_the_core_for_every_optimizer_and_hyperparameter()
+
+
+class WrongOuterHessian(Conformance):
+    def problem(self, model, dtype):
+        return replace(model.reference, outer_hvp=lambda theta, hyper, V, batch: V)
+
+
+class OnlyAllAtOnce(Conformance):
+    """Goes wrong when it is not handed a tangent for every hyperparameter."""
+
+    def problem(self, model, dtype):
+        q, exact = model.space(OPTIMIZERS["sgd"]).q, model.reference.grad_jvp
+
+        def grad_jvp(theta, hyper, Z, dhyper, batch):
+            loss, g, dG = exact(theta, hyper, Z, dhyper, batch)
+            return loss, g, dG * (len(Z) in (0, q))
+
+        return replace(model.reference, grad_jvp=grad_jvp)
+
+
+WRONG = {
+    "test_its_linearisation_agrees_with_the_core": WrongOuterHessian,
+    "test_random_directions_and_chunks_agree_with_all_directions_at_once": OnlyAllAtOnce,
+    "test_a_value_for_each_group_agrees_with_the_core": WithoutMixedDerivative,
+    "test_schedules_agree_with_the_core": WithoutDirectDerivative,
+}
+
+
+@pytest.mark.parametrize("test", WRONG)
+def test_each_part_of_the_suite_finds_what_it_looks_for(test):
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        getattr(WRONG[test](), test)()
+
+
+@pytest.mark.parametrize("name", ["jax", "autograd"])
+def test_a_missing_framework_says_which_extra_to_install(name):
+    code = f"import sys; sys.modules[{name!r}] = None; import koopman_hpo; import koopman_hpo_adapters.{name}"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f"koopman_hpo_adapters.{name} needs" in found.stderr
+    assert f"pip install 'koopman-hpo[{name}]'" in found.stderr.splitlines()[-1]
 
 
 def test_an_adapter_without_a_model_is_told_what_to_define():

@@ -1,5 +1,8 @@
 """JAX: the conformance suite under the core's optimizers and under optax, state of every kind, and what is refused."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -23,7 +26,9 @@ from koopman_hpo import (
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
 jax.config.update("jax_enable_x64", True)  # float32 is asked for by name below
+jax.config.update("jax_disable_most_optimizations", True)  # most of the time here is compiling
 import jax.numpy as jnp  # noqa: E402
+from koopman_hpo_adapters import _jax_inner  # noqa: E402
 from koopman_hpo_adapters import jax as adapter  # noqa: E402
 from koopman_hpo_adapters.conformance import Conformance  # noqa: E402
 from threadpoolctl import threadpool_limits  # noqa: E402
@@ -45,6 +50,28 @@ class TestProblem(Conformance):
     def problem(self, model, dtype):
         train, val = model.losses(jnp)
         return adapter.problem(train, val, jnp.asarray(model.params(dtype)))
+
+
+def of_the_readme():
+    """The adapter that adapters/README.md writes from nothing."""
+    text = (Path(__file__).parent.parent / "adapters" / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"## Writing one.*?```python\n(.*?)```", text, re.DOTALL).group(1)
+    names = {"__name__": "readme"}
+    exec(compile(code, "adapters/README.md", "exec"), names)
+    body = code[code.index("def problem") : code.index("class TestMine")]
+    return names["TestMine"], len([line for line in body.splitlines() if line.strip()])
+
+
+Readme, LINES = of_the_readme()
+
+
+class TestReadme(Readme):
+    """The whole suite, but for the network on digits, passes on 30 lines."""
+
+    on_digits = False
+
+    def test_is_thirty_lines(self):
+        assert LINES <= 30
 
 
 def wd(h):
@@ -102,8 +129,8 @@ class TestInner(Conformance):
                 loss, g = jax.value_and_grad(train)(state["theta"], hyper, batch)
                 return rule(state, g, hyper), loss
 
-        at = lambda state, hyper, batch: val(params(state), hyper, batch)
-        return adapter.inner(step, at, state, space, params=params)
+        at = lambda loss: lambda state, hyper, batch: loss(params(state), hyper, batch)
+        return adapter.inner(step, at(val), state, space, params=params, loss=at(train))
 
 
 ON_DIGITS = {
@@ -264,10 +291,37 @@ def test_a_window_is_its_steps_whatever_the_batches(batches, every):
 
 def test_long_windows_are_cut_and_stay_right(monkeypatch):
     whole = noisy().run(SPACE.phi0, BATCHES, VAL, 2)
-    monkeypatch.setattr(adapter, "_LONGEST", 5)
+    monkeypatch.setattr(_jax_inner, "LONGEST", 5)
     parts = noisy().run(SPACE.phi0, BATCHES, VAL, 2)
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11)
+
+
+def test_a_window_gives_outer_losses_and_natural_hypergradients():
+    one, two = noisy(), noisy()
+    found = one.window(SPACE.phi0, BATCHES, VAL, every=4)[1]
+    want = []
+    for n, batch in enumerate(BATCHES, 1):
+        two.step(SPACE.phi0, batch)
+        if n % 4 == 0:
+            want.append(two.hypergradient(VAL))
+    assert [h.t for h in found] == [4, 8, 12]
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_allclose(a.value, b.value, rtol=1e-12)
+        np.testing.assert_allclose(a.grad, b.grad, rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose([*a.natural.values()], [*b.natural.values()], rtol=1e-10, atol=1e-14)
+
+
+def test_a_window_that_fails_leaves_the_run_where_it_began(monkeypatch):
+    monkeypatch.setattr(_jax_inner, "LONGEST", 4)
+    run = noisy()
+    run.step(SPACE.phi0, BATCHES[0])
+    before = run.snapshot()
+    wrong = [*BATCHES[:6], (BATCHES[6][0][:, :2], BATCHES[6][1]), *BATCHES[7:]]  # in its second scan
+    with pytest.raises(ValueError, match="Incompatible shapes"):
+        run.run(SPACE.phi0 + 0.1, wrong, VAL)
+    after = run.snapshot()
+    assert all(np.array_equal(before[k], after[k]) for k in before)
 
 
 def test_pure_functions_scan_to_the_same_end():
@@ -318,6 +372,21 @@ def test_a_key_in_the_state_gives_fresh_noise_a_step():
     run = adapter.inner(step, lambda s, h, b: regression(s.params, h, b), state, space, params=lambda s: s.params)
     assert check_hypergradient(run, BATCHES, VAL).ok
     assert run.step(space.phi0, BATCHES[0]) != run.step(np.array([-20.0, space.phi0[1]]), BATCHES[0])
+
+
+def test_a_key_in_each_batch_is_the_same_noise_for_primal_and_tangents():
+    def loss(params, hyper, batch):
+        X, y, key = batch
+        return regression(params, hyper, (X * jax.random.bernoulli(key, 0.7, X.shape) / hyper["keep"], y))
+
+    space = Space(lr=log(0.05), keep=logit(0.7))
+    step = adapter.train_step(loss, lambda h: optax.sgd(h["lr"]))
+    state = step.init({"w": jnp.ones(3)}, space)
+    run = adapter.inner(step, lambda s, h, b: regression(s.params, h, b), state, space, params=lambda s: s.params)
+    batches = [(*batch, jax.random.key(t)) for t, batch in enumerate(BATCHES)]
+    report = check_hypergradient(run, batches, VAL)
+    assert report.error.max() < 1e-7, str(report)
+    np.testing.assert_allclose(run.run(space.phi0, batches, VAL, 12)[1][0], report.forward, rtol=1e-10)
 
 
 def test_a_schedule_inside_the_step_and_one_in_the_space():
@@ -398,6 +467,45 @@ def test_linearises_when_it_knows_the_loss():
         frozen.hvp(np.ones(3))
     with pytest.raises(AdapterError, match=r"pass inner\(..., loss=...\)"):
         noisy().linearise(VAL)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_linearises_a_step_made_by_train_step_with_the_key_of_its_next_step(dtype):
+    traces = []
+
+    def loss(params, hyper, batch, key):
+        traces.append(None)
+        mask = jax.random.bernoulli(key, 0.7, (4,))
+        r = network(params, batch[0], mask) - batch[1]
+        return jnp.mean(r**2) + hyper["l2"] * jnp.sum(params["out"] ** 2)
+
+    space = Space(lr=log(0.05), l2=log(0.1))
+    params, batches, val = noisy_state(dtype)["params"], [data(t, dtype) for t in range(2)], data(99, dtype)
+    made = adapter.train_step(loss, lambda h: optax.adam(h["lr"]))
+    outer = lambda s, h, b: jnp.mean((network(s.params, b[0], 1.0) - b[1]) ** 2)
+    run = adapter.inner(made, outer, made.init(params, space, key=jax.random.key(2)), space, params=lambda s: s.params)
+    run.step(space.phi0, batches[0])
+    before, frozen, state = run.snapshot(), run.linearise(batches[1], val), run.state
+    assert frozen.gradient.dtype == frozen.hvp(np.eye(20)).dtype == frozen.outer_hvp(np.eye(20)).dtype == dtype
+    next_key = jax.random.split(state.key)[1]
+    at = lambda theta: run.unravel(theta.astype(dtype))
+    inner_value = lambda theta: float(loss(at(theta), {"l2": 0.1}, batches[1], next_key))
+    outer_value = lambda theta: float(outer(state._replace(params=at(theta)), {}, val))
+    theta, rng = run.params.astype(np.float64), np.random.default_rng(0)
+    step, rtol = (1e-4, 1e-6) if dtype == np.float64 else (3e-2, 1e-2)  # of second differences: eps / step^2, step^2
+    for value, g, hvp in (
+        (inner_value, frozen.gradient, frozen.hvp),
+        (outer_value, frozen.outer_gradient, frozen.outer_hvp),
+    ):
+        v = rng.normal(size=20) / 4
+        ahead, here, behind = (value(theta + s * step * v) for s in (1, 0, -1))
+        np.testing.assert_allclose(g @ v, (ahead - behind) / (2 * step), rtol=rtol)
+        np.testing.assert_allclose(hvp(v[None])[0] @ v, (ahead - 2 * here + behind) / step**2, rtol=30 * rtol)
+    seen = len(traces)
+    again = run.linearise(batches[1], val)
+    assert np.array_equal(again.hvp(np.eye(20)), frozen.hvp(np.eye(20)))
+    assert len(traces) == seen, "the same linearisation was compiled twice"
+    assert all(np.array_equal(before[k], v) for k, v in run.snapshot().items())
 
 
 def test_a_problem_has_its_leaves_as_segments_and_an_exact_outer_hessian():

@@ -135,8 +135,24 @@ class Attention(nn.Module):
             return self.out(nn.functional.scaled_dot_product_attention(z, z, z).mean(1))
 
 
+class Carried(nn.Module):
+    """BatchNorm whose running statistics keep their graph, as reverse mode through the whole run needs them."""
+
+    def __init__(self, like):
+        super().__init__()
+        self.weight, self.bias, self.eps, self.rate = like.weight, like.bias, like.eps, like.momentum
+        self.running = torch.stack((like.running_mean, like.running_var))
+
+    def forward(self, x):
+        mean, var = self.running
+        if self.training:
+            mean, var = x.mean(0), x.var(0, correction=0)
+            moments = torch.stack((mean, x.var(0)))
+            self.running = (1 - self.rate) * self.running + self.rate * moments
+        return (x - mean) / (var + self.eps).sqrt() * self.weight + self.bias
+
+
 NETS = {
-    "batchnorm": lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)),
     "groupnorm": lambda: nn.Sequential(nn.Linear(5, 6), nn.GroupNorm(2, 6), nn.GELU(), nn.Linear(6, 3)),
     "dropout": lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)),
     "lstm": Recurrent,
@@ -157,9 +173,21 @@ def test_layers_agree_with_reverse_mode(net):
         np.testing.assert_allclose(got[name], value, rtol=1e-9, err_msg=name)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, params[name])
-    for a, b in zip(model.buffers(), other.buffers(), strict=True):
-        torch.testing.assert_close(a, b)
     assert "double backward" in hopt.path
+
+
+def test_running_statistics_agree_with_reverse_mode_through_them():
+    torch.manual_seed(3)
+    model, (x, y) = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double(), data()
+    other = copy.deepcopy(model)
+    other[1] = Carried(other[1])
+    want, params = unrolled("SGD", other, SETS["SGD"], x, y, x + 0.5, y, 20)
+    _, got = forward("SGD", model, SETS["SGD"], (x, y), (x + 0.5, y), 20)
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-10, err_msg=name)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, params[name])
+    torch.testing.assert_close(torch.stack((model[1].running_mean, model[1].running_var)), other[1].running.detach())
 
 
 @pytest.mark.parametrize("kind", SETS)

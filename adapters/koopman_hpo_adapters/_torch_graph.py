@@ -8,82 +8,142 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch.autograd.variable import Variable
 
 from koopman_hpo.errors import AdapterError
 from koopman_hpo.problem import Array
 
 log = logging.getLogger("koopman_hpo")
 
+Grads = list[torch.Tensor | None]
+Rows = list[list[torch.Tensor]]  # q directions, one tensor an input or output
+BATCHED, LOOPED, DIFFERENCES = "batched double backward", "looped double backward", "central differences"
+_ONCE = once_differentiable(lambda *args: None).__code__  # what a function's backward becomes under this mark
+_SMALL = 16_384  # q p up to which one batched call beats q calls: measured from 57 to 400,000 parameters, q = 1 to 30
+
+
+class NotTwice(AdapterError):
+    """The graph holds an operation that cannot be differentiated twice."""
+
+    def __init__(self, said: str):
+        super().__init__(
+            f"HyperOptimizer.step: the loss cannot be differentiated twice: {said} For attention, compute the loss under "
+            f"torch.nn.attention.sdpa_kernel(SDPBackend.MATH). Otherwise replace the operation, or pass the loss as a "
+            f"function, step(lambda: loss(...)), for central differences."
+        )
+
 
 class Graph:
-    """Double backward on a loss graph: `d<(g, e), (z, dphi)> / dtheta`, with g, e the gradients of theta and phi.
+    """Double backward on a loss graph: the derivative of `<gradient, along>` with respect to what the graph depends on.
 
     Attributes:
-      params: the tuned model's parameters, in the order of the flat vector.
-      hyper: {name: tensor} of the loss hyperparameters.
-      path: "batched double backward", "looped double backward", or "" while unknown.
+      inputs: the tuned model's parameters, then the loss hyperparameters.
+      path: how tangents were made last: one of the three names above, or "" while unknown.
     """
 
-    def __init__(self, params: Sequence[torch.Tensor], hyper: dict[str, torch.Tensor]):
-        self.params, self.hyper, self.path = list(params), hyper, ""
+    def __init__(self, inputs: Sequence[torch.Tensor], chunk: int | None = None):
+        self.inputs, self.path, self._chunk = tuple(inputs), "", chunk
+        self._one = torch.ones((), dtype=self.inputs[0].dtype)
+        self._p, self._loops = sum(i.numel() for i in inputs), False
 
-    def gradient(self, loss: torch.Tensor, double: bool) -> list[torch.Tensor | None]:
-        """Gradients along parameters and hyperparameters; None where the loss does not depend on one."""
-        inputs = [*self.params, *self.hyper.values()]
-        return list(torch.autograd.grad(loss, inputs, create_graph=double, allow_unused=True))
-
-    def flat(self, grads: Sequence[torch.Tensor | None], out: Array) -> Array:
-        """Write the parameters' gradients, each (*n, *shape), into out (*n, p)."""
-        start = 0
-        for p, grad in zip(self.params, grads, strict=True):
-            part = out[..., start : start + p.numel()]
-            part[...] = 0 if grad is None else grad.detach().numpy().reshape(part.shape)
-            start += p.numel()
-        return out
-
-    def push(self, grads: Sequence[torch.Tensor | None], Z: Array, dhyper: dict[str, Array], out: Array) -> Array:
-        """out (q, p) <- derivative of the gradient along each (Z[j], dhyper[j])."""
-        outputs, along, start = [], [], 0
-        rows = torch.from_numpy(Z.copy())
-        for p, grad in zip(self.params, grads[: len(self.params)], strict=True):
-            if grad is not None and grad.requires_grad:
-                outputs.append(grad)
-                along.append(rows[:, start : start + p.numel()].reshape(len(Z), *p.shape))
-            start += p.numel()
-        for (name, h), grad in zip(self.hyper.items(), grads[len(self.params) :], strict=True):
-            if grad is not None and grad.requires_grad:
-                outputs.append(grad)
-                along.append(torch.as_tensor(np.array(dhyper[name]), dtype=h.dtype).reshape(len(Z), *h.shape))
-        if not outputs:
-            out[...] = 0
-            return out
-        return self._second(outputs, along, out)
-
-    def _second(self, outputs: list[torch.Tensor], along: list[torch.Tensor], out: Array) -> Array:
-        again: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-        if self.path != "looped double backward":
-            try:
-                dG = torch.autograd.grad(outputs, self.params, along, is_grads_batched=True, **again)
-                self._say("batched double backward")
-                return self.flat(dG, out)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                log.info("torch: a layer has no batched double backward (%s)", reason)
+    def gradient(self, loss: torch.Tensor, also: Sequence[torch.Tensor] = (), *, double: bool) -> Grads:
+        """Gradients along `inputs` and `also`; None where the loss does not depend on one."""
+        if double:
+            _refuse_once(loss.grad_fn)
+        one = self._one if loss.dtype == self._one.dtype else torch.ones_like(loss)
         try:
-            for j in range(len(out)):
-                self.flat(torch.autograd.grad(outputs, self.params, [a[j] for a in along], **again), out[j])
+            grads = _pull((loss,), (one,), (*self.inputs, *also), double, double)
         except RuntimeError as error:
-            raise AdapterError(
-                f"HyperOptimizer.step: the loss cannot be differentiated twice: {error} For attention, compute the loss "
-                f"under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); replace in-place operations."
-            ) from error
-        self._say("looped double backward")
-        return out
+            raise AdapterError(f"HyperOptimizer.step: {_advice(str(error))}") from error
+        for g in grads:
+            if g is not None and g.layout != torch.strided:
+                raise AdapterError("HyperOptimizer.step: a gradient is sparse. Make the embedding with sparse=False.")
+        return list(grads)
 
-    def _say(self, path: str) -> None:
+    def push(self, grads: Grads, along: Rows, inputs: Sequence[torch.Tensor], out: Rows) -> None:
+        """out[j][i] <- derivative of `sum <grads, along[j]>` with respect to inputs[i], for each of q directions j.
+
+        Raises:
+          NotTwice: neither batched nor one by one.
+        """
+        kept = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        inputs, size = tuple(inputs), self._chunk or len(along)
+        if not kept:
+            for row in out:
+                write(row, [None] * len(row))
+            return
+        if len(kept) < len(grads):
+            grads, along = [grads[i] for i in kept], [[row[i] for i in kept] for row in along]
+        for a in range(0, len(along), size):
+            self._second(tuple(grads), along[a : a + size], inputs, out[a : a + size])
+
+    def _second(self, outputs: Any, along: Rows, inputs: tuple[torch.Tensor, ...], out: Rows) -> None:
+        if not self._loops and len(along) * self._p <= _SMALL:
+            batch: dict[str, Any] = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
+            try:
+                columns = [torch.stack(column) for column in zip(*along, strict=True)]
+                found = torch.autograd.grad(outputs, inputs, columns, **batch)
+                for j, row in enumerate(out):
+                    write(row, [None if f is None else f[j] for f in found])
+                self.say(BATCHED)
+                return
+            except RuntimeError as error:
+                log.info("torch: a layer has no batched double backward (%s)", str(error).splitlines()[0])
+                self._loops = True
+        try:
+            for row, into in zip(along, out, strict=True):
+                write(into, _pull(outputs, tuple(row), inputs, True, False))
+        except RuntimeError as error:
+            raise NotTwice(str(error).splitlines()[0]) from error
+        self.say(LOOPED)
+
+    def say(self, path: str) -> None:
+        """Report the path, once."""
         if self.path != path:
             self.path = path
             log.info("torch: tangents by %s", path)
+
+
+def _pull(outputs: Any, along: Any, inputs: Any, keep: bool, create: bool) -> tuple[torch.Tensor | None, ...]:
+    """`torch.autograd.grad` on tuples of tensors without its Python: a fifth of a small network's step."""
+    return Variable._execution_engine.run_backward(outputs, along, keep, create, inputs, True, accumulate_grad=False)
+
+
+@torch.no_grad()
+def write(out: Sequence[torch.Tensor], values: Sequence[torch.Tensor | None]) -> None:
+    """out[i] <- values[i], zero where there is none."""
+    for o, value in zip(out, values, strict=True):
+        if value is None:
+            o.zero_()
+        else:
+            o.copy_(value)
+
+
+def _refuse_once(root: Any) -> None:
+    """Raise where the graph holds a `once_differentiable` function, which double backward passes over in silence."""
+    stack, seen = [root], {root}
+    while stack:
+        node = stack.pop()
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                stack.append(after)
+        if isinstance(node, BackwardCFunction):
+            function = node._forward_cls  # type: ignore[attr-defined]
+            if getattr(function.backward, "__code__", None) is _ONCE:
+                raise NotTwice(f"{function.__name__} is marked once_differentiable.")
+
+
+def _advice(said: str) -> str:
+    if "modified by an inplace operation" in said:
+        return (
+            "a tensor of the loss graph was changed in place after it was used: by a step taken since, so compute the "
+            f"loss anew for each step, or by an in-place operation of the model, so replace it. torch says: {said}"
+        )
+    if "second time" in said:
+        return "the loss graph was used already. Do not call backward or step twice on it; compute the loss anew."
+    return f"the loss has no gradient. torch says: {said}"
 
 
 def clipped(g: Array, dG: Array, limit: float) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from koopman_hpo import HyperparameterError, Space, identity, log, logit, optimizers
-from koopman_hpo.errors import AdapterError, nearest
+from koopman_hpo import Hyperparameter, HyperparameterError, Space, identity, log, logit, optimizers
+from koopman_hpo.errors import AdapterError, nearest, short
 from koopman_hpo.optimizers import Rule
 
 _TRANSFORMS = {"lr": log, "weight_decay": log, "eps": log, "momentum": logit, "beta1": logit, "beta2": logit}
@@ -23,6 +26,7 @@ class Plan(NamedTuple):
     rule: Rule
     slots: tuple[str, ...]  # torch's names of the rule's slots, in order
     counts: bool  # whether torch keeps a step count for each parameter
+    early: bool = False  # whether torch makes the slots before the first step
 
 
 def plan(opt: Any) -> Plan:
@@ -39,7 +43,7 @@ def plan(opt: Any) -> Plan:
     if kind is torch.optim.RMSprop:
         return Plan(optimizers.rmsprop(_same(groups, "centered")), ("square_avg", "grad_avg", "momentum_buffer"), True)
     if kind is torch.optim.Adagrad:
-        return Plan(optimizers.adagrad(float(_same(groups, "initial_accumulator_value"))), ("sum",), True)
+        return Plan(optimizers.adagrad(float(_same(groups, "initial_accumulator_value"))), ("sum",), True, early=True)
     raise AdapterError(f"{_CALL}: {kind.__name__} is not supported. Use torch's SGD, Adam, AdamW, RMSprop or Adagrad.")
 
 
@@ -67,27 +71,105 @@ def write(group: dict[str, Any], name: str, value: float) -> None:
         group[name] = value
 
 
-def space(tune: Any, groups: list[dict[str, Any]], rule: Rule) -> Space:
-    """The space of `tune`: itself, or its names with torch's present values and the default transforms."""
+def space(tune: Any, groups: list[dict[str, Any]], rule: Rule) -> tuple[Space, dict[str, torch.Tensor]]:
+    """The space of `tune`, and {name: tensor} of the loss hyperparameters whose tensors are the user's.
+
+    `tune` is a `Space`; names, which start from torch's present values under the default transforms; a dict of names to
+    what says how: a transform (`log`, `logit`, `identity`) or None (the default), a `Hyperparameter`, the indices of all
+    param groups (a value for each), a tensor of the loss, or (tensor, transform); or one such dict a param group.
+    """
     if isinstance(tune, Space):
-        return tune
-    names: list[str] = []
-    for name in (tune,) if isinstance(tune, str) else tuple(tune):
-        names += ["beta1", "beta2"] if name == "betas" else [name]
-    entries: dict[str, Any] = {}
-    for name in names:
-        if name not in rule.defaults:
-            known = sorted(rule.defaults)
+        _known(tune, {}, rule)
+        return tune, {}
+    if isinstance(tune, str):
+        tune = (tune,)
+    if isinstance(tune, Sequence) and tune and all(isinstance(t, Mapping) for t in tune):
+        return Space(**_by_group(tune, groups, rule)), {}
+    if not isinstance(tune, Iterable) or not all(isinstance(name, str) for name in tune):
+        raise HyperparameterError(f"{_CALL}: tune must be a Space, names, or a dict of names, got {short(tune)}.")
+    given = dict(tune) if isinstance(tune, Mapping) else dict.fromkeys(tune)
+    if "betas" in given:
+        given |= dict.fromkeys(("beta1", "beta2"), given.pop("betas"))
+    if not given:
+        raise HyperparameterError(f"{_CALL}: tune is empty. Name what to tune, for instance tune=('lr',).")
+    owned: dict[str, torch.Tensor] = {}
+    entries = {name: _entry(name, how, groups, rule, owned) for name, how in given.items()}
+    _known(entries, owned, rule)
+    return Space(**entries), owned
+
+
+def _entry(name: str, how: Any, groups: list[dict[str, Any]], rule: Rule, owned: dict[str, torch.Tensor]) -> Hyperparameter:
+    if isinstance(how, Hyperparameter):
+        return how
+    tensor, make = how if isinstance(how, tuple) and len(how) == 2 and isinstance(how[0], torch.Tensor) else (how, None)
+    if isinstance(tensor, torch.Tensor):
+        owned[name] = _owned(name, tensor, groups, rule)
+        value = tensor.detach().numpy().astype(np.float64)
+        return _start(name, value, make or (log if (value > 0).all() else identity))
+    if name not in rule.defaults:
+        known = sorted(rule.defaults)
+        raise HyperparameterError(
+            f"{_CALL}: tune names {name!r}, {rule.name} has {known}. A hyperparameter of the loss is given with its start "
+            f"or its tensor: tune={{'lr': log, {name!r}: log(1e-3)}}." + nearest(name, known)
+        )
+    values = np.array([read(group, name) for group in groups])
+    if how is None or callable(how):
+        shared = bool((values == values[0]).all())
+        return _start(name, values[0] if shared else values, how or _TRANSFORMS.get(name, identity))
+    if isinstance(how, Sequence) and list(how) == list(range(len(groups))):
+        return _start(name, values, _TRANSFORMS.get(name, identity))
+    raise HyperparameterError(
+        f"{_CALL}: tune[{name!r}] must be log, logit, identity, what they return, a tensor, or all of the param groups' "
+        f"indices {list(range(len(groups)))}, got {short(how)}. Tune all or none."
+    )
+
+
+def _start(name: str, value: Any, make: Any) -> Hyperparameter:
+    """make(value); a start on the edge of the transform is refused with what to do in torch."""
+    if make in (log, logit) and (np.any(np.asarray(value) <= 0) or (make is logit and np.any(np.asarray(value) >= 1))):
+        raise HyperparameterError(
+            f"{_CALL}: {name} starts at {np.asarray(value).tolist()}, where {make.__name__} has no coordinate. Start the "
+            f"optimizer from a small positive value, or give tune={{{name!r}: identity(0.0, bounds=(0, 1))}}."
+        )
+    return make(value)
+
+
+def _owned(name: str, tensor: torch.Tensor, groups: list[dict[str, Any]], rule: Rule) -> torch.Tensor:
+    """A tensor of the user's loss, made ready to be differentiated."""
+    if name in rule.defaults:
+        raise HyperparameterError(f"{_CALL}: {name} belongs to {rule.name}, got a tensor for it. Rename the loss's.")
+    if not tensor.is_leaf or not tensor.is_floating_point() or tensor.dim() > 1 or tensor.device.type != "cpu":
+        raise HyperparameterError(
+            f"{_CALL}: {name} must be a leaf tensor of floats on the CPU, of no or one dimension, got "
+            f"{tuple(tensor.shape)} of {tensor.dtype}. Use tensor.detach().reshape(-1)."
+        )
+    if any(tensor is p for group in groups for p in group["params"]):
+        raise HyperparameterError(f"{_CALL}: {name} is trained by the optimizer. Leave it out of its params.")
+    return tensor.requires_grad_()
+
+
+def _by_group(tune: Sequence[Any], groups: list[dict[str, Any]], rule: Rule) -> dict[str, Hyperparameter]:
+    """One dict a param group, {name: transform, None or Hyperparameter}, as values by group."""
+    if len(tune) != len(groups) or any(set(t) != set(tune[0]) for t in tune):
+        raise HyperparameterError(
+            f"{_CALL}: tune must have one dict for each of {len(groups)} param groups, all with the same names, got "
+            f"{[sorted(t) for t in tune]}."
+        )
+    entries = {}
+    for name in tune[0]:
+        each = [_entry(name, t[name], [g], rule, {}) for t, g in zip(tune, groups, strict=True)]
+        if len({(h.transform, h.knots, h.schedule, h.groups) for h in each}) > 1 or each[0].groups:
+            raise HyperparameterError(f"{_CALL}: {name} must be one value a group, of one transform and schedule in all.")
+        bounds = (min(h.bounds[0] for h in each), max(h.bounds[1] for h in each))
+        entries[name] = replace(each[0], value=np.stack([h.value for h in each], axis=-1), bounds=bounds)
+    return entries
+
+
+def _known(entries: Mapping[str, Any], owned: Mapping[str, Any], rule: Rule) -> None:
+    """A name that is nearly one of the optimizer's, or another optimizer's, is a slip and no hyperparameter of the loss."""
+    for name in (n for n in entries if n not in rule.defaults and n not in owned):
+        if name in _TRANSFORMS or difflib.get_close_matches(name, rule.defaults, n=1, cutoff=0.8):
             raise HyperparameterError(
-                f"{_CALL}: tune names {name!r}, {rule.name} has {known}. A hyperparameter of the loss needs a Space, "
-                f"for instance Space(lr=log(1e-2), {name}=log(1e-3))." + nearest(str(name), known)
+                f"{_CALL}: tune names {name!r}, {rule.name} has {sorted(rule.defaults)}. If it belongs to the loss, give "
+                f"its tensor: tune={{{name!r}: tensor}}." + nearest(name, rule.defaults)
             )
-        values = np.array([read(group, name) for group in groups])
-        make = _TRANSFORMS.get(name, identity)
-        if (values <= 0).any():
-            raise HyperparameterError(
-                f"{_CALL}: {name} starts at {values.tolist()}, where {make.__name__} has no coordinate. Start the "
-                f"optimizer from a small positive value, or give Space({name}=identity(0.0, bounds=(0, 1)))."
-            )
-        entries[name] = make(float(values[0]) if (values == values[0]).all() else values)
-    return Space(**entries)

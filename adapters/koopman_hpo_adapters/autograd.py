@@ -25,17 +25,12 @@ try:
 except ImportError as error:
     raise ImportError("koopman_hpo_adapters.autograd needs autograd: pip install 'koopman-hpo[autograd]'.") from error
 
-from koopman_hpo.errors import AdapterError, nearest
-from koopman_hpo.problem import Array, Hyper, Problem
+from koopman_hpo.errors import AdapterError, names, nearest
+from koopman_hpo.problem import Array, Hyper
 
-__all__ = ["AutogradProblem", "problem"]
+from ._tree import TreeProblem
 
-
-@dataclass(frozen=True)
-class AutogradProblem(Problem):
-    """A `Problem` of autograd losses; `unravel` gives flat parameters (p,) their containers again."""
-
-    unravel: Any = None
+__all__ = ["TreeProblem", "problem"]
 
 
 def problem(
@@ -44,7 +39,7 @@ def problem(
     params: Any,
     *,
     hyper: Iterable[str] | None = None,
-) -> AutogradProblem:
+) -> TreeProblem:
     """Two autograd losses as a `Problem`, exact to rounding.
 
     Args:
@@ -61,18 +56,14 @@ def problem(
     for name, function in (("train_loss", train_loss), ("val_loss", val_loss)):
         if not callable(function):
             raise AdapterError(f"autograd.problem: {name} must be a function, got {type(function).__name__}.")
-    if isinstance(hyper, str):
-        raise AdapterError(
-            f"autograd.problem: hyper must be a collection of names, got the string {hyper!r}: use ({hyper!r},)."
-        )
     lengths = tuple(_lengths(params))
     flat, unravel = flatten(params)
     losses = _Losses(train_loss, val_loss, unravel)
-    return AutogradProblem(
+    return TreeProblem(
         params=np.array(flat),
         grad_jvp=losses.grad_jvp,
         outer=losses.outer,
-        hyper=None if hyper is None else frozenset(hyper),
+        hyper=None if hyper is None else frozenset(names("autograd.problem", "hyper", hyper, AdapterError)),
         segments=lengths,
         outer_hvp=losses.outer_hvp,
         note="exact: reverse over reverse mode in autograd",

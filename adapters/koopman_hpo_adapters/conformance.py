@@ -14,7 +14,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ import numpy as np
 from koopman_hpo import inner as core
 from koopman_hpo import log, logit
 from koopman_hpo.checkpoint import load, save
+from koopman_hpo.engine import CoreInner
 from koopman_hpo.errors import AdapterError, HyperparameterError, ShapeError
 from koopman_hpo.exact import check_hypergradient, hypergradient
 from koopman_hpo.hyperparameters import Hyperparameter, Space
@@ -57,9 +58,9 @@ class Optimizer:
     flags: dict[str, bool]
     tuned: dict[str, Hyperparameter]
 
-    def run(self, problem: Problem, space: Space) -> Inner:
-        """The core's run of a problem."""
-        return getattr(core, self.factory)(problem, space, **self.flags)
+    def run(self, problem: Problem, space: Space, **options: Any) -> CoreInner:
+        """The core's run of a problem; options: `groups`, `directions`, `chunk`, `seed`."""
+        return getattr(core, self.factory)(problem, space, **self.flags, **options)
 
 
 _LR, _WD = log(0.05), log(0.02)
@@ -303,11 +304,13 @@ class Conformance:
       models: names of the toy models that every optimizer is run on.
       single: whether the adapter does float32.
       on_digits: whether to run the digits network too (p = 9,610, 200 steps; needs scikit-learn).
+      linearises: whether a run can be linearised.
     """
 
     models: tuple[str, ...] = tuple(MODELS)
     single = True
     on_digits = True
+    linearises = True
 
     def problem(self, model: Model, dtype: np.dtype) -> Problem:
         """The model in your framework."""
@@ -318,6 +321,9 @@ class Conformance:
 
         Here: the core's optimizer on `problem`, which is made once a model and dtype.
         """
+        return optimizer.run(self._problem(model, dtype), space)
+
+    def _problem(self, model: Model, dtype: np.dtype) -> Problem:
         made = type(self).__dict__.get("_made")
         if made is None:
             made = {}
@@ -325,17 +331,25 @@ class Conformance:
         key = (model.name, dtype)
         if key not in made:
             made[key] = self.problem(model, dtype)
-        return optimizer.run(made[key], space)
+        return made[key]
+
+    @property
+    def _gives_problems(self) -> bool:
+        """Whether the core's optimizers run the adapter's models, with all that they offer."""
+        return type(self).inner is Conformance.inner
 
     def _run(self, model: str = "logistic", optimizer: str = "sgd") -> tuple[Inner, Model, Space]:
         """A run for the tests that need just one."""
+        run, case = self._some(model, optimizer)
+        return run, MODELS[model], MODELS[model].space(case)
+
+    def _some(self, model: str, optimizer: str) -> tuple[Inner, Optimizer]:
+        """A run of the model, by the optimizer wished for if there is one."""
         toy = MODELS[model]
-        names = [optimizer, *(n for n in OPTIMIZERS if n != optimizer)]
-        for name in names:
-            space = toy.space(OPTIMIZERS[name])
-            run = self.inner(toy, OPTIMIZERS[name], space, DOUBLE)
+        for name in (optimizer, *OPTIMIZERS):
+            run = self.inner(toy, OPTIMIZERS[name], toy.space(OPTIMIZERS[name]), DOUBLE)
             if run is not None:
-                return run, toy, space
+                return run, OPTIMIZERS[name]
         raise AssertionError("inner(...) gave no run for any optimizer")
 
     def _compare(self, cases: list[tuple[str, str]], dtype: np.dtype, rtol: float) -> None:
@@ -392,6 +406,55 @@ class Conformance:
             if run is not None:
                 _agree(_train(run, toy, DOUBLE, space), _train(case.run(toy.reference, space), toy, DOUBLE, space), 1e-10)
                 return
+
+    def test_a_value_for_each_group_agrees_with_the_core(self) -> None:
+        if not self._gives_problems:
+            return  # who owns the whole step spreads values over it himself
+        toy, case = MODELS["mlp"], OPTIMIZERS["sgd"]
+        space = Space(**case.tuned | {"lr": log([0.05, 0.1]), "weight_decay": log([0.02, 0.01])}, **toy.tuned)
+        for dtype, rtol in ((DOUBLE, 1e-10), (SINGLE, 1e-4))[: 1 + self.single]:
+            got, want = (case.run(p, space, groups=(35, 18)) for p in (self._problem(toy, dtype), toy.reference))
+            _agree(_train(got, toy, dtype, space), _train(want, toy, DOUBLE, space), rtol)
+
+    def test_random_directions_and_chunks_agree_with_all_directions_at_once(self) -> None:
+        if not self._gives_problems:
+            return
+        toy, case = MODELS["mlp"], OPTIMIZERS["sgd"]
+        space, model = toy.space(case), self._problem(toy, DOUBLE)
+        want = _train(case.run(model, space), toy, DOUBLE, space)
+        for options in ({"directions": space.q, "seed": 1}, {"chunk": 2}, {"directions": space.q, "chunk": 3}):
+            _agree(_train(case.run(model, space, **options), toy, DOUBLE, space), want, 1e-10)  # q of q span everything
+        few = case.run(model, space, directions=2, seed=1)
+        assert len(few.tangents) == 2
+        few_h = _train(few, toy, DOUBLE, space).h
+        exact = _train(case.run(toy.reference, space, directions=2, seed=1), toy, DOUBLE, space).h
+        np.testing.assert_allclose(few_h, exact, rtol=1e-10, atol=1e-12 * np.abs(exact).max())
+
+    def test_its_linearisation_agrees_with_the_core(self) -> None:
+        if not self.linearises:
+            return
+        for name in self.models:
+            (run, case), toy = self._some(name, "sgd"), MODELS[name]
+            space = toy.space(case)
+            reference = case.run(toy.reference, space)
+            for r in (run, reference):
+                for batch in toy.batches()[:3]:
+                    r.step(space.phi0, batch)
+            before, batch, V = run.snapshot(), toy.batches()[3], np.random.default_rng(0).normal(size=(3, run.params.size))
+            got, want = (r.linearise(batch, toy.val_batch()) for r in (run, reference))
+            # where the reference has no exact outer Hessian, it takes central differences
+            pairs = (
+                (got.gradient, want.gradient, 1e-10),
+                (got.hvp(V), want.hvp(V), 1e-10),
+                (got.outer_gradient, want.outer_gradient, 1e-10),
+                (got.outer_hvp(V), want.outer_hvp(V), 1e-6),
+            )
+            for a, b, rtol in pairs:
+                np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max(), err_msg=name)
+            _raises(ShapeError, partial(got.hvp, V[0]))
+            assert _same(before, run.snapshot())
+            same = run.linearise(batch)
+            np.testing.assert_array_equal(same.outer_gradient, run.linearise(batch, batch).outer_gradient)
 
     def test_a_window_is_its_steps(self) -> None:
         run, toy, space = self._run("mlp", "adam")

@@ -1,183 +1,80 @@
 """PyTorch: tune the hyperparameters of torch's own optimizers in a training loop of one's own.
 
 `hopt = HyperOptimizer(opt, tune=("lr", "momentum"), val_loss=val_loss, steps=T)`, then `hopt.step(loss)` in place of
-zero_grad, backward and step.  Tangents come from double backward on the user's own loss graph.
+zero_grad, backward and step.  Tangents come from double backward on the user's own loss graph.  `inner` makes an `Inner`
+for `koopman_hpo.Tuner` and the exact tools, where the losses are functions of a batch.
 
-Experimental: exact where it is tested (SGD, Adam, AdamW, RMSprop, Adagrad; BatchNorm, GroupNorm, dropout, LSTM,
-embeddings, attention under the MATH kernel), with limits that are not all refused.  Not noticed, and wrong: a loss scaled
-by a GradScaler.  Not noticed, and without effect: gradient accumulation by several backward calls, and `clip_grad_norm_`
-of one's own (pass `clip_norm=`).  A parameter that a step does not use counts as having a gradient of zero, so that decay
-and momentum still move it, where torch skips it.  The running statistics of BatchNorm have no tangent: measure `val_loss`
-in training mode, or know that they count as constants.  CUDA tensors and mode `restart` are refused.
+A parameter that a step does not use is skipped, as torch does.  BatchNorm's running statistics are part of the state and
+have tangents; other buffers that a model changes count as constants.  Parameters live on the CPU.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 
-from koopman_hpo import Guard, Hypergradient, HyperparameterError, Problem, ShapeError, Tuner
-from koopman_hpo.engine import CoreInner
+from koopman_hpo import Guard, Hypergradient, Tuner, checkpoint
 from koopman_hpo.errors import AdapterError
-from koopman_hpo.problem import Array
+from koopman_hpo.problem import Linearisation
 
+from . import _torch_checks as checks
 from . import _torch_options as options
-from ._torch_graph import Graph, clipped
+from ._torch_inner import TorchInner
+from ._torch_losses import Source, scalar
 
-__all__ = ["HyperOptimizer"]
+__all__ = ["HyperOptimizer", "inner"]
 
 _CALL = "HyperOptimizer"
-_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+Loss = torch.Tensor | Callable[[], torch.Tensor]
 
 
-class _TorchInner(CoreInner):
-    """The core's run whose parameters and slots are the memory of torch's tensors; its batch is a loss graph."""
-
-    def __init__(self, opt: Any, space: Any, plan: options.Plan, model: Any, clip_norm: float | None):
-        self._opt, self._plan, self._model, self._clip = opt, plan, model, clip_norm
-        groups = [[p for p in group["params"] if p.requires_grad] for group in opt.param_groups]
-        params = [p for group in groups for p in group]
-        flat = np.concatenate([p.detach().numpy().ravel() for p in params])
-        names = [n for n in space.names if n not in plan.rule.defaults]
-        self.hyper = {n: torch.tensor(space[n].value[0] if space[n].knots else space[n].value) for n in names}
-        self.hyper = {n: h.to(params[0].dtype).requires_grad_() for n, h in self.hyper.items()}
-        self.graph = Graph(params, self.hyper)
-        self._buffer = np.empty((space.q + 1, flat.size), flat.dtype)
-        segments = tuple(sum(p.numel() for p in group) for group in groups)
-        problem = Problem(flat, self._gradients, self._outer_gradients, frozenset(names), segments)
-        own = [n for n in plan.rule.defaults if n not in space]
-        fixed = {n: np.array([options.read(group, n) for group in opt.param_groups]) for n in own}
-        super().__init__(problem, space, plan.rule, fixed)
-        self._move_in()
-
-    def _move_in(self) -> None:
-        """Make every parameter and optimizer slot a view of the engine's flat memory."""
-        theta, slots, start = torch.from_numpy(self._state.theta), torch.from_numpy(self._state.slots), 0
-        self._views, self._counts = [], []
-        for p in self.graph.params:
-            cut = slice(start, start + p.numel())
-            p.data, start = theta[cut].view(p.shape), cut.stop
-            p.grad = None
-            self._views.append((p, p.data_ptr()))
-            state = {n: slots[k, cut].view(p.shape) for k, n in enumerate(self._plan.slots) if self._keeps(p, n)}
-            if self._plan.counts:
-                state["step"] = torch.tensor(0.0)
-                self._counts.append(state["step"])
-            self._opt.state[p] = state
-
-    def _keeps(self, p: torch.Tensor, slot: str) -> bool:
-        """Whether torch itself would keep this slot for a parameter."""
-        group = next(g for g in self._opt.param_groups if any(p is x for x in g["params"]))
-        if slot == "momentum_buffer":
-            return "momentum" in self.space or group["momentum"] != 0
-        return slot != "grad_avg" or group["centered"]
-
-    def snapshot(self) -> dict[str, NDArray]:
-        buffers = self._buffers()
-        return super().snapshot() | {f"buffer/{n}": b.detach().numpy().copy() for n, b in buffers.items()}
-
-    def restore(self, snapshot: Mapping[str, NDArray]) -> None:
-        buffers = self._buffers()
-        for name, b in buffers.items():
-            got = snapshot.get(f"buffer/{name}")
-            if got is None or got.shape != tuple(b.shape):
-                raise ShapeError(f"inner.restore: buffer {name} must be {tuple(b.shape)}; the snapshot has another model.")
-        super().restore(snapshot)
-        for name, b in buffers.items():
-            b.copy_(torch.as_tensor(np.array(snapshot[f"buffer/{name}"])))
-
-    def step(self, phi: ArrayLike, batch: Any, *, tangents: bool = True) -> float:
-        with np.errstate(over="ignore", invalid="ignore"):
-            return super().step(phi, batch, tangents=tangents)
-
-    def sync(self, phi: Array) -> None:
-        """Show phi's values at the next step in `param_groups`, the loss hyperparameters and the step counts."""
-        values = self.space.at(phi, self.t).values
-        for name, value in values.items():
-            if name in self.hyper:
-                self.hyper[name].data.copy_(torch.from_numpy(np.asarray(value, np.float64)))  # never by way of float32
-            else:
-                spread = np.broadcast_to(value, (len(self._opt.param_groups),))
-                for group, x in zip(self._opt.param_groups, spread, strict=True):
-                    options.write(group, name, float(x))
-        for count in self._counts:
-            count.fill_(float(self.t))
-        self._shown = self._reading()
-
-    def check(self) -> None:
-        """Raise where the model or the optimizer was changed behind our back."""
-        for p, ptr in self._views:
-            if p.data_ptr() != ptr or not p.requires_grad:
-                raise AdapterError(
-                    f"{_CALL}.step: a parameter of shape {tuple(p.shape)} was moved, cast, replaced or frozen after "
-                    f"wrapping. Change the model first, then make the HyperOptimizer."
-                )
-        if self._reading() != self._shown:
-            raise AdapterError(
-                f"{_CALL}.step: param_groups were changed or added to from outside, by a scheduler perhaps. A schedule "
-                f"is tuned with knots: Space(lr=log([.1, .01], knots=(0, 1000)))."
-            )
-
-    def _reading(self) -> list[list[float]]:
-        return [[options.read(g, n) for n in self.rule.defaults] for g in self._opt.param_groups]
-
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        return {} if self._model is None else dict(self._model.named_buffers())
-
-    def _gradients(self, theta: Array, hyper: Any, Z: Array, dhyper: Any, loss: Any) -> tuple[float, Array, Array]:
-        grads = self.graph.gradient(loss, double=len(Z) > 0)
-        g = self.graph.flat(grads[: len(self.graph.params)], self._buffer[0])
-        dG = self._buffer[1 : 1 + len(Z)]
-        if len(Z):
-            self.graph.push(grads, Z, dict(dhyper), dG)
-        if self._clip is not None:
-            clipped(g, dG, self._clip)
-        return float(loss.detach()), g, dG
-
-    def _outer_gradients(self, theta: Array, hyper: Any, val_loss: Any) -> tuple[float, Array, dict[str, Array]]:
-        versions = [b._version for b in self._buffers().values()]
-        loss = _scalar(f"{_CALL}: val_loss", val_loss())
-        if versions != [b._version for b in self._buffers().values()]:
-            raise AdapterError(f"{_CALL}: val_loss changed the model's buffers. Call model.eval() in it, train() after.")
-        grads = self.graph.gradient(loss, double=False)
-        n = len(self.graph.params)
-        dE = self.graph.flat(grads[:n], np.empty_like(theta))
-        pairs = zip(self.hyper, grads[n:], strict=True)
-        direct = {name: g.detach().numpy().astype(np.float64) for name, g in pairs if g is not None}
-        return float(loss.detach()), dE, direct
+def _wrap(
+    call: str,
+    opt: torch.optim.Optimizer,
+    tune: Any,
+    source: Source,
+    clip_norm: float | None,
+    settings: dict[str, Any],
+) -> TorchInner:
+    plan = options.plan(opt)
+    losses = {"train_loss": source.train, "val_loss": source.val}
+    checks.wrapping(call, opt, losses, source.module, clip_norm, source.generators)
+    space, owned = options.space(tune, opt.param_groups, plan.rule)
+    return TorchInner(opt, space, plan, source, owned, clip_norm=clip_norm, **settings)
 
 
-def _scalar(call: str, loss: Any) -> torch.Tensor:
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        what = f"{tuple(loss.shape)} without a graph" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise AdapterError(f"{call}: needs a scalar loss tensor with its graph, got {what}. Do not call backward or item.")
-    return loss.reshape(())
+def inner(
+    opt: torch.optim.Optimizer,
+    train_loss: Callable[[Any], torch.Tensor],
+    val_loss: Callable[[Any], torch.Tensor],
+    tune: Any,
+    *,
+    model: torch.nn.Module | None = None,
+    clip_norm: float | None = None,
+    generators: Sequence[torch.Generator] = (),
+    **settings: Any,
+) -> TorchInner:
+    """A training run of a torch optimizer as an `Inner`: for `Tuner`, also in mode `restart`, and the exact tools.
+
+    Args:
+      opt, tune, model, clip_norm, generators: as for `HyperOptimizer`.
+      train_loss, val_loss: batch -> scalar tensor with its graph.  Loss hyperparameters: tensors given in `tune`, or
+        `run.losses.hyper[name]`.
+      settings: `directions`, `seed`, `chunk`, as for `koopman_hpo.inner.sgd`.
+
+    Raises:
+      AdapterError, HyperparameterError: as `HyperOptimizer`.
+    """
+    source = Source(train_loss, val_loss, lambda batch: True, model, tuple(generators))
+    return _wrap("inner", opt, tune, source, clip_norm, settings)
 
 
-def _check(opt: Any, val_loss: Any, mode: Any, clip_norm: Any) -> None:
-    """Refuse what cannot be wrapped, before anything is moved."""
-    if not callable(val_loss):
-        raise AdapterError(f"{_CALL}: val_loss must be a function without arguments that returns the outer loss.")
-    if mode not in (None, "online"):
-        raise HyperparameterError(f"{_CALL}: only mode 'online' works in a loop of one's own, got {mode!r}.")
-    if clip_norm is not None and not (math.isfinite(clip_norm) and clip_norm > 0):
-        raise HyperparameterError(f"{_CALL}: clip_norm must be positive, got {clip_norm!r}.")
-    for group in opt.param_groups:
-        params = [p for p in group["params"] if p.requires_grad]
-        if not params:
-            raise AdapterError(f"{_CALL}: a param group has no parameter that requires a gradient. Leave the group out.")
-        for p in params:
-            first = opt.param_groups[0]["params"][0].dtype
-            if p.device.type != "cpu" or p.dtype not in _DTYPES or p.dtype != first or p.layout != torch.strided:
-                raise AdapterError(f"{_CALL}: parameters must be dense, on the CPU, of one dtype, float32 or float64.")
-            state = opt.state.get(p, {})
-            if float(state.get("step", 0)) != 0 or "momentum_buffer" in state:
-                raise AdapterError(f"{_CALL}: the optimizer has taken steps already. Wrap it fresh.")
+def _of_step(loss: Loss) -> torch.Tensor:
+    return loss() if callable(loss) and not isinstance(loss, torch.Tensor) else loss
 
 
 class HyperOptimizer:
@@ -185,12 +82,19 @@ class HyperOptimizer:
 
     Args:
       opt: SGD, Adam, AdamW, RMSprop or Adagrad, fresh, any number of param groups, parameters on the CPU.
-      tune: names ("lr", "momentum", "weight_decay", "betas", ...), started from `opt`, or a `Space`; names in it that the
-        optimizer does not own are hyperparameters of the loss: use `hopt.hyper[name]` in it.
+      tune: what to tune.  Names ("lr", "momentum", "weight_decay", "betas", ...), which start from `opt`; a dict
+        {name: how}, where how is `log`, `logit` or `identity`, a start such as `log(0.1, knots=...)`, the list of all param
+        groups' indices (a value for each), or, for a hyperparameter of the loss, its start, its tensor, or (tensor,
+        transform); a list of such dicts, one a param group; or a `Space`.  `hopt.hyper[name]` is a loss hyperparameter's
+        tensor: use it in the loss.
       val_loss: `() -> tensor`, the outer loss with its graph; called only where a hypergradient is due.
-      model: the module, so that a rollback restores its buffers (BatchNorm statistics) too.
+      steps: T, training steps that tuning takes.
+      model: the module.  Needed where it has buffers: a rollback and a checkpoint take them along, and BatchNorm's running
+        statistics get tangents.  Its training modes are restored after `val_loss`.
       clip_norm: clip the gradient's norm as `clip_grad_norm_` does, derivative included.
-      strategy, steps, window, outer, guard, settings: as for `koopman_hpo.Tuner`.
+      generators: random generators that the loss uses beside torch's own, saved and restored with the run.
+      directions: random tangent directions in place of all q; chunk: tangents pushed at a time; seed: of the directions.
+      strategy, window, outer, guard, settings: as for `koopman_hpo.Tuner`.
 
     Attributes:
       tuner: the `Tuner`.  hyper: {name: tensor} the loss hyperparameters, natural values.  path: how tangents are made.
@@ -201,60 +105,118 @@ class HyperOptimizer:
 
     def __init__(
         self,
-        opt: Any,
+        opt: torch.optim.Optimizer,
         *,
         tune: Any,
         val_loss: Callable[[], torch.Tensor],
         steps: int,
         model: torch.nn.Module | None = None,
         clip_norm: float | None = None,
+        generators: Sequence[torch.Generator] = (),
+        directions: int | None = None,
+        chunk: int | None = None,
+        seed: int = 0,
         strategy: Any = None,
         window: int = 25,
         guard: Guard | None = Guard(),  # noqa: B008 - frozen
         **settings: Any,
     ):
-        plan = options.plan(opt)
-        _check(opt, val_loss, settings.get("mode"), clip_norm)
-        space = options.space(tune, opt.param_groups, plan.rule)
+        checks.mode(_CALL, settings.pop("mode", None))
+        self._scales = checks.Scales()
+        call_val = val_loss if not callable(val_loss) else lambda _: val_loss()
+        source = Source(_of_step, call_val, lambda batch: not isinstance(batch, torch.Tensor), model, tuple(generators))
+        more = {"directions": directions, "chunk": chunk, "seed": seed}
         self.opt, self._val_loss = opt, val_loss
-        self._inner = _TorchInner(opt, space, plan, model, clip_norm)
-        settings["mode"] = "online"
-        self.tuner = Tuner(self._inner, strategy, steps=steps, window=window, guard=guard, **settings)
-        self._inner.sync(self.tuner.phi)
+        self._inner = _wrap(_CALL, opt, tune, source, clip_norm, more)
+        self.tuner = Tuner(self._inner, strategy, steps=steps, window=window, guard=guard, mode="online", **settings)
+        self._inner.show(self.tuner.phi)
 
     @property
     def hyper(self) -> dict[str, torch.Tensor]:
-        return self._inner.hyper
+        return self._inner.losses.hyper
 
     @property
     def path(self) -> str:
-        return self._inner.graph.path
+        return self._inner.losses.graph.path
 
-    def step(self, loss: torch.Tensor) -> float:
-        """One training step on the graph of `loss`; after `steps` of them, plain training with what was found.
+    # -- in the loop ---------------------------------------------------------------------------------------------------
 
-        Returns the loss.  Raises AdapterError: not a scalar with a graph, a model changed after wrapping, a layer that
-        cannot be differentiated twice; nothing has moved then.
+    def step(self, loss: Loss | None = None) -> float:
+        """One training step; after `steps` of them, plain training with what was found.
+
+        Args:
+          loss: a scalar tensor with its graph; or a function that makes one, which is called again where the layers leave
+            nothing but central differences; or None after `accumulate`.
+
+        Returns:
+          The loss, the accumulated ones added.
+
+        Raises:
+          AdapterError: not a scalar with a graph, scaled by a GradScaler, a model changed after wrapping, a layer that
+            cannot be differentiated twice; nothing has moved then.
         """
-        loss = _scalar(f"{_CALL}.step", loss)
-        self._inner.check()
-        if self.tuner.done:
-            value = self._inner.step(self.tuner.phi, loss, tangents=False)
-        else:
-            value = self.tuner.step(loss, self._val_loss)
-        self._inner.sync(self.tuner.phi)
+        batch = self._checked("step", loss)
+        tuner, run = self.tuner, self._inner
+        value = run.step(tuner.phi, batch, tangents=False) if tuner.done else tuner.step(batch, None)
+        run.drop()  # where the call did no more than settle a step whose val_loss had failed
+        self._resumed()
         return value
+
+    def accumulate(self, loss: Loss) -> float:
+        """Add a loss to those of the next `step`, as several backward calls do; returns it.  Its graph is freed."""
+        return self._inner.accumulate(self.tuner.phi, self._checked("accumulate", loss), tangents=not self.tuner.done)
+
+    def _checked(self, call: str, loss: Loss | None) -> Any:
+        self._inner.check(self.tuner.phi)
+        if loss is None and self._inner.accumulated and call == "step":
+            return None
+        if isinstance(loss, torch.Tensor) or not callable(loss):
+            self._scales.refuse(f"{_CALL}.{call}", scalar(f"{_CALL}.{call}", loss))
+        return loss
+
+    # -- exact tools ---------------------------------------------------------------------------------------------------
 
     def hypergradient(self) -> Hypergradient:
         """The derivative of `val_loss` with respect to the hyperparameters, now."""
-        return self._inner.hypergradient(self._val_loss)
+        return self._inner.hypergradient(None)
+
+    def linearise(self, loss: Loss) -> Linearisation:
+        """Gradients and Hessian-vector products of `loss` and of `val_loss` at the current parameters.
+
+        Products are made when asked for: of a graph only as long as no step is taken; of a function, anew each time.
+        """
+        return self._inner.linearise(loss, self._val_loss)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, model and torch's random generator too: arrays, and "meta"."""
-        return self.tuner.snapshot() | {"torch_rng": torch.get_rng_state().numpy().copy()}
+        """Everything that a resumed run needs, model and random generators too: arrays, and "meta".
+
+        Raises:
+          AdapterError: between `accumulate` and `step`, whose sum is no part of it.
+        """
+        self._settled("state_dict")
+        return self.tuner.snapshot()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`, bit for bit.  Raises CheckpointError, ShapeError: of other settings or model."""
-        self.tuner.restore({k: v for k, v in state.items() if k != "torch_rng"})
-        torch.set_rng_state(torch.from_numpy(np.array(state["torch_rng"])))
-        self._inner.sync(self.tuner.phi)
+        self.tuner.restore(state)
+        self._resumed()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write `state_dict()` to an `.npz` without pickle, whole or not at all; returns the path."""
+        self._settled("save")
+        return checkpoint.save(path, self.tuner)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from `save`, bit for bit.  Raises CheckpointError: corrupt, foreign, of other settings or model."""
+        checkpoint.load(path, self.tuner)
+        self._resumed()
+
+    def _settled(self, call: str) -> None:
+        if self._inner.accumulated:
+            raise AdapterError(f"{_CALL}.{call}: losses are accumulated that no step has taken. Call step() first.")
+
+    def _resumed(self) -> None:
+        self._inner.losses.statistics.on = not self.tuner.done
+        self._inner.show(self.tuner.phi)

@@ -1,0 +1,96 @@
+"""What the functions of a user may be, and may return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from koopman_hpo.errors import AdapterError, nearest
+
+from ._jax_tree import real
+
+
+@jax.tree_util.register_pytree_node_class
+class Hyper(dict):
+    """A dict that knows what to say about a name it lacks."""
+
+    def __missing__(self, name: str) -> Any:
+        raise AdapterError(
+            f"jax: train_step or a loss reads hyper[{name!r}], but the space has {tuple(self)}.{nearest(str(name), self)} "
+            f"Put it into the space, or write its value into your function."
+        )
+
+    def tree_flatten(self) -> tuple[list[Any], tuple[str, ...]]:
+        return [self[name] for name in self], tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], values: Iterable[Any]) -> Hyper:
+        return cls(zip(names, values, strict=True))
+
+
+def expect_function(call: str, name: str, function: Any) -> None:
+    if not callable(function):
+        raise AdapterError(f"jax.{call}: {name} must be a function, got {type(function).__name__}.")
+
+
+def expect_real(arrays: list[Any]) -> None:
+    if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in arrays):
+        raise AdapterError("jax.inner: the state has a complex leaf. Keep its real and imaginary parts as two leaves.")
+    if not any(map(real, arrays)):
+        raise AdapterError("jax.inner: the state has no real leaf; its parameters must be float arrays.")
+
+
+def checked(train_step: Callable[..., Any], state: Any, hyper: Any, batch: Any) -> tuple[Any, Any]:
+    with advised():
+        out = train_step(state, hyper, batch)
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise AdapterError(f"jax: train_step must return (state, loss), got {type(out).__name__}.")
+    return _like(state, out[0]), scalar("train_step's loss", out[1])
+
+
+def _like(before: Any, after: Any) -> Any:
+    """The state after a step, or an error about the leaf that is not what it was."""
+    was: Any
+    tree: Any
+    was, tree = jax.tree_util.tree_flatten_with_path(before)
+    leaves, other = jax.tree.flatten(after)
+    if tree != other:
+        raise AdapterError(f"jax: train_step must return the state's own tree, {tree}, got {other}.")
+    out = []
+    for (path, x), y in zip(was, leaves, strict=True):
+        if not hasattr(x, "dtype"):
+            out.append(x)
+            continue
+        y = y if hasattr(y, "dtype") else jnp.asarray(y)  # noqa: PLW2901
+        if (x.shape, x.dtype) != (y.shape, y.dtype):
+            where = jax.tree_util.keystr(path) or "the state"
+            raise AdapterError(
+                f"jax: train_step must return {where} as it came, {x.shape} of {x.dtype}, got {y.shape} of {y.dtype}. "
+                f"Cast it with .astype(), or start from a state of that shape and dtype."
+            )
+        out.append(jax.lax.convert_element_type(y, y.dtype) if real(y) else y)  # a weak type would compile twice
+    return jax.tree.unflatten(tree, out)
+
+
+def scalar(what: str, x: Any) -> Any:
+    if jnp.shape(x) != () or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise AdapterError(
+            f"jax: {what} must be a real scalar, got shape {jnp.shape(x)} of {jnp.result_type(x)}. Reduce it with a mean."
+        )
+    return jnp.asarray(x)
+
+
+@contextmanager
+def advised() -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.ConcretizationTypeError as error:
+        error.add_note(
+            "Hyperparameters are traced arrays here.  Some optax schedules want Python numbers: put the schedule into the "
+            "space instead, lr=log([...], knots=[...]), and pass hyper['lr'] to the optimizer."
+        )
+        raise

@@ -1,0 +1,86 @@
+"""The pure functions of which a JAX `Inner` is made: one step with its tangents, and the hypergradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from koopman_hpo.hyperparameters import Space
+
+from ._jax_contract import Hyper, checked, scalar
+from ._jax_root import rooted
+from ._jax_tree import join, real, split
+
+
+class Carry(NamedTuple):
+    """Training and its derivative; a pytree of arrays."""
+
+    state: Any  # the user's pytree
+    tangents: Any  # the same tree with leaves (q, *shape); None where a leaf is not real: counters, keys
+
+
+class Point(NamedTuple):
+    """The hyperparameters at one inner step, and what moves them; a pytree of arrays."""
+
+    hyper: dict[str, Any]  # {name: () or (n,)} natural values
+    seeds: dict[str, Any]  # {name: (q,) or (q, n)} d value / d phi
+
+
+def init(state: Any, q: int) -> Carry:
+    """The start: the state, a pytree of arrays, and zero tangents along q directions."""
+    return Carry(state, jax.tree.map(lambda x: jnp.zeros((q, *x.shape), x.dtype) if real(x) else None, state))
+
+
+def point(space: Space, phi: ArrayLike, t: int = 0, dtype: Any = None) -> Point:
+    """Natural values and their derivatives by phi (q,) at inner step t, for `step`; dtype: JAX's own by default."""
+    at = space.at(space.check(phi, "jax.point"), t)
+    dtype = jnp.zeros(()).dtype if dtype is None else dtype
+    cast = lambda values: {name: np.asarray(x, dtype) for name, x in values.items()}
+    return Point(cast(at.values), cast(at.seeds))
+
+
+def step(train_step: Callable[..., Any], carry: Carry, at: Point, batch: Any) -> tuple[Carry, Any]:
+    """One inner step with its tangents, to be jitted, scanned or sharded by the caller.
+
+    Args:
+      train_step: pure, `(state, hyper, batch) -> (state, loss)`.
+      carry: from `init` or the step before.  at: from `point`.  batch: passed on.
+
+    Returns:
+      The next carry, and the loss () before the step.
+
+    Raises:
+      AdapterError: train_step returns another tree, other shapes or dtypes, or a loss that is not a scalar.
+    """
+    floats, rest, tree = split(carry.state)
+    Z, structure = jax.tree.flatten(carry.tangents)
+
+    def advance(floats: Any, hyper: Any) -> Any:
+        after, loss = checked(train_step, join(floats, rest, tree), Hyper(hyper), batch)
+        moved, other, _ = split(after)
+        return moved, (other, loss)
+
+    def along(z: Any, dhyper: Any) -> Any:
+        return jax.jvp(rooted(advance), (floats, at.hyper), (z, dhyper), has_aux=True)
+
+    moved, Z, (other, loss) = jax.vmap(along, out_axes=(None, 0, None))(Z, at.seeds)
+    return Carry(join(moved, other, tree), jax.tree.unflatten(structure, Z)), loss
+
+
+def hypergradient(val_loss: Callable[..., Any], carry: Carry, at: Point, batch: Any) -> tuple[Any, Any]:
+    """The outer loss () and its derivative (q,) by phi at the carry; `val_loss` is `(state, hyper, batch) -> scalar`."""
+    floats, rest, tree = split(carry.state)
+    value_of = lambda floats, hyper: scalar("val_loss", val_loss(join(floats, rest, tree), Hyper(hyper), batch))
+    value, (dE, direct) = jax.value_and_grad(value_of, argnums=(0, 1))(floats, at.hyper)
+    through = [_rows(z, d) for z, d in zip(jax.tree.leaves(carry.tangents), dE, strict=True)]
+    return value, sum([*through, *(_rows(at.seeds[name], direct[name]) for name in at.seeds)])
+
+
+def _rows(A: Any, a: Any) -> Any:
+    """(q,) inner products of each A[j] with a."""
+    return jnp.dot(A.reshape(len(A), -1), a.ravel(), precision="highest")

@@ -1,0 +1,71 @@
+"""A training step from a loss and an optax optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from koopman_hpo.hyperparameters import Space
+
+from ._jax_contract import Hyper, expect_function
+from ._jax_tree import put, trainable
+
+
+class TrainState(NamedTuple):
+    """What `train_step` carries."""
+
+    params: Any
+    opt_state: Any
+    key: Any = None  # of dropout and the like; None where there is none
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """A training step `(state, hyper, batch) -> (state, loss)`; made by `train_step`."""
+
+    loss: Callable[..., Any]
+    optimizer: Callable[[Mapping[str, Any]], Any]
+
+    def init(self, params: Any, space: Space, *, key: Any = None) -> TrainState:
+        """The state before the first step.
+
+        Args:
+          params: pytree; leaves that are not real arrays (an Equinox model's functions) stay as they are.
+          space: what is tuned.  key: a PRNG key if the loss takes one.
+        """
+        hyper = Hyper(space.at(space.phi0, 0).values)
+        return TrainState(params, self.optimizer(hyper).init(trainable(params)), key)
+
+    def __call__(self, state: TrainState, hyper: Mapping[str, Any], batch: Any) -> tuple[TrainState, Any]:
+        params = trainable(state.params)
+        value = lambda moved: self.loss_at(state._replace(params=put(moved, state.params)), hyper, batch)
+        loss, g = jax.value_and_grad(value)(params)
+        updates, opt_state = self.optimizer(hyper).update(g, state.opt_state, params)
+        params = jax.tree.map(lambda x, u: (x + u).astype(x.dtype), params, updates)
+        key = None if state.key is None else jax.random.split(state.key)[0]
+        return TrainState(put(params, state.params), opt_state, key), loss
+
+    def loss_at(self, state: TrainState, hyper: Mapping[str, Any], batch: Any) -> Any:
+        """The loss of a state, with the key that its next step uses."""
+        key = () if state.key is None else (jax.random.split(state.key)[1],)
+        return self.loss(state.params, hyper, batch, *key)
+
+
+def train_step(loss: Callable[..., Any], optimizer: Callable[[Mapping[str, Any]], Any]) -> TrainStep:
+    """A training step for `inner` from a loss and an optax optimizer that is built inside the step.
+
+        step = train_step(loss, lambda hyper: optax.adamw(hyper["lr"], b2=hyper["b2"]))
+        run = inner(step, val_loss, step.init(params, space), space, params=lambda state: state.params)
+
+    Args:
+      loss: `(params, hyper, batch) -> scalar`, or `(params, hyper, batch, key)` if `init` is given a key: a fresh one a
+        step.
+      optimizer: `hyper -> optax.GradientTransformation`.  It sees traced values: where an optax schedule refuses them,
+        tune a schedule in the space (`log([...], knots=[...])`) and pass `hyper["lr"]` on.
+    """
+    for name, function in (("loss", loss), ("optimizer", optimizer)):
+        expect_function("train_step", name, function)
+    return TrainStep(loss, optimizer)

@@ -1,0 +1,208 @@
+"""The core's run on the memory of torch's tensors: one step of a torch optimizer, with tangents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from koopman_hpo import Hypergradient, Problem, ShapeError, Space
+from koopman_hpo.engine import CoreInner
+from koopman_hpo.errors import AdapterError
+from koopman_hpo.kernels.arrays import Coefficients
+from koopman_hpo.problem import Array
+
+from . import _torch_options as options
+from ._torch_graph import clipped
+from ._torch_losses import Losses, Part, Source
+from ._torch_memory import Memory
+
+
+class TorchInner(CoreInner):
+    """An `Inner` for a torch optimizer; its batches are what `source` makes losses of.
+
+    Attributes:
+      losses: the user's losses and how they are differentiated.
+    """
+
+    def __init__(
+        self,
+        opt: torch.optim.Optimizer,
+        space: Space,
+        plan: options.Plan,
+        source: Source,
+        owned: Mapping[str, torch.Tensor],
+        *,
+        clip_norm: float | None = None,
+        chunk: int | None = None,
+        **settings: Any,
+    ):
+        self._opt, self._source, self._clip = opt, source, clip_norm
+        self.memory = memory = Memory(opt, plan, space)
+        names = [n for n in space.names if n not in plan.rule.defaults]
+        derivatives = (self._gradients, self._outer_gradients)
+        problem = Problem(memory.flat(), *derivatives, frozenset(names), memory.segments, self._outer_hvps)
+        own = [n for n in plan.rule.defaults if n not in space]
+        fixed = {n: np.array([options.read(group, n) for group in opt.param_groups]) for n in own}
+        super().__init__(problem, space, plan.rule, fixed, **settings)
+        self._plain, self._kernel = self._kernel, self._update
+        memory.move_in(self._state)
+        hyper = {n: owned[n] if n in owned else _tensor(space, n, memory.params[0].dtype) for n in names}
+        self.losses = Losses(source, memory, hyper, len(self._state.Z), chunk)
+        self._part: Part | None = None
+        self._used: list[bool] = []
+        self._key: tuple[bytes, int] = (b"", 0)
+        self.show(self.phi)
+
+    # -- what torch shows ----------------------------------------------------------------------------------------------
+
+    def show(self, phi: ArrayLike) -> None:
+        """Make `param_groups`, the loss hyperparameters and the optimizer's state those of phi at the step to come."""
+        phi = np.asarray(phi, np.float64)
+        key, values = self._shown_at(phi), None
+        if key != self._key:
+            self._key, values = key, self.space.at(phi, self._t).values
+            self.losses.set_hyper(values)
+        self.memory.show(values)
+
+    def _shown_at(self, phi: Array) -> tuple[bytes, int]:
+        return phi.tobytes(), self._t if self.space.scheduled else 0
+
+    def check(self, phi: Array) -> None:
+        """Raise where model, optimizer or tuner were changed behind our back."""
+        self.memory.check()
+        if self._key != self._shown_at(phi):
+            raise AdapterError("HyperOptimizer.step: the tuner was moved from outside. Resume with HyperOptimizer.load().")
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def step(self, phi: ArrayLike, batch: Any, *, tangents: bool = True) -> float:
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                loss = super().step(phi, batch, tangents=tangents)
+        finally:
+            self.drop()
+        self.memory.touched(self._t)
+        self.show(self.phi)
+        return loss
+
+    def accumulate(self, phi: ArrayLike, batch: Any, *, tangents: bool = True) -> float:
+        """Add a loss's gradient and tangents to those of the step to come; returns the loss."""
+        cache, Z = self._prepare(phi), self._seen.Z if tangents else self._seen.none
+        along = cache.along if tangents else {n: s[:0] for n, s in cache.along.items()}
+        part = self.losses.train(batch, Z, along, own=True)
+        self._part = _sum(self._part, part._replace(rows=part.rows.copy()))
+        return part.loss
+
+    def drop(self) -> None:
+        """Forget what was accumulated for a step."""
+        self._part = None
+        self.losses.statistics.drop()
+
+    @property
+    def accumulated(self) -> bool:
+        return self._part is not None
+
+    def hypergradient(self, batch: Any) -> Hypergradient:
+        found = super().hypergradient(batch)
+        if not self.losses.share.any():
+            return found
+        share, D = self.losses.share.astype(np.float64), self.directions
+        grad = found.grad + (share if D is None else share @ D / len(D))
+        return found._replace(grad=grad, natural=self.space.gradient(self.phi, grad))
+
+    def forget(self, rho: float) -> None:
+        super().forget(rho)
+        self.losses.statistics.forget(float(rho))
+
+    def snapshot(self) -> dict[str, NDArray]:
+        world = self.losses.world()
+        out = super().snapshot() | self.losses.statistics.snapshot() | {"counts": self.memory.counts.copy()}
+        out |= {f"random/{i}": state.numpy().copy() for i, state in enumerate(world.random)}
+        return out | {f"buffer/{n}": b.numpy().copy() for n, b in zip(self.losses.buffers(), world.buffers, strict=True)}
+
+    def restore(self, snapshot: Mapping[str, NDArray]) -> None:
+        mine = {k: a for k, a in self.snapshot().items() if k == "counts" or k.partition("/")[1]}
+        for name, array in mine.items():
+            got = snapshot.get(name)
+            if got is None or got.shape != array.shape:
+                raise ShapeError(
+                    f"inner.restore: {name} must be {array.shape}, got {'nothing' if got is None else got.shape}. The "
+                    f"snapshot belongs to another model."
+                )
+        super().restore(snapshot)
+        self.memory.counts[:] = snapshot["counts"]
+        self.losses.statistics.restore(snapshot)
+        tensors = {k: torch.from_numpy(np.array(snapshot[k])) for k in mine}
+        self.losses.restore([t for k, t in tensors.items() if k.startswith("random/")], tensors)
+        self._part = None
+        self.memory.touched(self._t)
+        self.show(self.phi)
+
+    def _update(self, grads: Any, coefficients: Coefficients, blocks: Any, flag: bool, work: Any, state: Any) -> None:
+        """The kernel, on the parameters that the step used, each at its own count of steps."""
+        used, counts = self._used, self.memory.counts
+        if self.memory.even and all(used):
+            self._plain(grads, coefficients, blocks, flag, work, state)
+        else:
+            for count in np.unique(counts[used]):
+                cuts = [b for b, n, u in zip(self.memory.blocks, counts, used, strict=True) if u and n == count]
+                self._plain(grads, self._at_count(coefficients, int(count) + 1), np.concatenate(cuts), flag, work, state)
+        counts += used
+        if len(state.Z):
+            self.losses.statistics.advance()
+
+    def _at_count(self, coefficients: Coefficients, t: int) -> Coefficients:
+        """The kernel's rows for parameters whose step is their t-th."""
+        assert self._cache is not None
+        c, dc = coefficients.c.copy(), coefficients.dc.copy()
+        for i in self.rule.timed:
+            row = self.rule.row(i, self._cache.duals, t)
+            c[i], dc[i] = row.x, row.dx[: dc.shape[1]]
+        return Coefficients(c, dc)
+
+    # -- what the engine asks ------------------------------------------------------------------------------------------
+
+    def _gradients(self, theta: Array, hyper: Any, Z: Array, dhyper: Any, batch: Any) -> tuple[float, Array, Array]:
+        """`Problem.grad_jvp`: of the step to come where theta is the run's own memory, otherwise at any other point."""
+        again = self._source.again(batch)
+        if theta is not self._seen.theta:
+            with self.losses.elsewhere(theta, hyper, again):
+                part = self.losses.train(batch, Z, dhyper, own=False)
+            return part.loss, part.rows[0], part.rows[1:]
+        if again:
+            self.losses.set_hyper(hyper)
+        part = self._part if batch is None and self._part else self.losses.train(batch, Z, dhyper, own=True)
+        part = part if batch is None else _sum(self._part, part)
+        if not all(part.used):
+            self.losses.check_module()
+        self._used, g, dG = list(part.used), part.rows[0], part.rows[1:]
+        if self._clip is not None:
+            clipped(g, dG, self._clip)
+        return part.loss, g, dG
+
+    def _outer_gradients(self, theta: Array, hyper: Any, batch: Any) -> tuple[float, Array, dict[str, Array]]:
+        if theta is self._seen.theta:
+            with self.losses.hyper_at(hyper):
+                return self.losses.outer(batch)
+        with self.losses.elsewhere(theta, hyper, True):
+            return self.losses.outer(batch)
+
+    def _outer_hvps(self, theta: Array, hyper: Any, V: Array, batch: Any) -> Array:
+        return self.losses.outer_hvp(theta, hyper, V, batch)
+
+
+def _sum(one: Part | None, two: Part) -> Part:
+    """Both losses in one; the second's rows are written over."""
+    if one is None:
+        return two
+    two.rows[...] += one.rows
+    return Part(one.loss + two.loss, two.rows, [a or b for a, b in zip(one.used, two.used, strict=True)])
+
+
+def _tensor(space: Space, name: str, dtype: torch.dtype) -> torch.Tensor:
+    h = space[name]
+    return torch.tensor(h.value[0] if h.knots else h.value, dtype=torch.float64).to(dtype).requires_grad_()

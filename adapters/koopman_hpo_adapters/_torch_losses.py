@@ -1,0 +1,302 @@
+"""The user's losses in PyTorch, their gradients, and the tangents of these by whatever means the layers allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from koopman_hpo.engine import central_hvp
+from koopman_hpo.errors import AdapterError
+from koopman_hpo.problem import Array
+
+from ._differences import along as differences
+from ._torch_graph import DIFFERENCES, Graph, NotTwice, Rows, log, write
+from ._torch_memory import Buffer, Memory, rows
+from ._torch_statistics import Statistics, strict
+
+_CALL = "HyperOptimizer"
+
+
+class Source(NamedTuple):
+    """How the user's losses are asked for.
+
+    Fields:
+      train: batch -> scalar tensor.  val: likewise, the outer loss.
+      again: whether the training loss of this batch can be asked for a second time.
+      module: the model, if it is known.  generators: random generators beside torch's own.
+    """
+
+    train: Callable[[Any], torch.Tensor]
+    val: Callable[[Any], torch.Tensor]
+    again: Callable[[Any], bool]
+    module: torch.nn.Module | None
+    generators: tuple[torch.Generator, ...]
+
+
+class Part(NamedTuple):
+    """Gradient and tangents of one loss; several may add up to a step."""
+
+    loss: float
+    rows: Array  # (1 + q, p): the gradient, then its tangents
+    used: Sequence[bool]  # (n,) which parameters the loss depends on
+
+
+class World(NamedTuple):
+    """What a forward pass moves beside the graph."""
+
+    random: list[torch.Tensor]
+    buffers: list[torch.Tensor]
+
+
+class Losses:
+    """Derivatives of the user's losses on the tensors that he trains.
+
+    Attributes:
+      hyper: {name: tensor} of the loss hyperparameters, natural values.  graph: says how tangents are made.
+      share: (s,) the part of the last hypergradient that goes through running statistics.
+    """
+
+    def __init__(self, source: Source, memory: Memory, hyper: dict[str, torch.Tensor], s: int, chunk: int | None):
+        self._source, self._memory, self.hyper = source, memory, hyper
+        self.graph = Graph([*memory.params, *hyper.values()], chunk)
+        self.statistics, self.share = Statistics(source.module, s), np.zeros(s)
+        self._size = 0 if source.module is None else len(list(source.module.parameters()))
+        dtype = memory.theta.numpy().dtype
+        self._rooms = {q: Buffer(memory.shapes, q, dtype) for q in (0, s)}
+        self._Z = rows(memory.Z, memory.shapes)
+        self._math = self._differ = self._probing = self._looked = False
+
+    # -- the world -----------------------------------------------------------------------------------------------------
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        module = self._source.module
+        return {} if module is None else dict(module.named_buffers())
+
+    def world(self) -> World:
+        """Copies of the random states and the model's buffers."""
+        random = [torch.get_rng_state(), *(g.get_state() for g in self._source.generators)]
+        return World(random, [b.detach().clone() for b in self.buffers().values()])
+
+    def back_to(self, world: World) -> None:
+        torch.set_rng_state(world.random[0])
+        for generator, state in zip(self._source.generators, world.random[1:], strict=True):
+            generator.set_state(state)
+        for b, kept in zip(self.buffers().values(), world.buffers, strict=True):
+            b.data.copy_(kept)  # not b itself: a graph that holds it would be refused by backward
+
+    def restore(self, random: list[torch.Tensor], arrays: Mapping[str, torch.Tensor]) -> None:
+        """Random states and buffers of a snapshot."""
+        self.back_to(World(random, [arrays[f"buffer/{name}"] for name in self.buffers()]))
+
+    def set_hyper(self, values: Mapping[str, Any]) -> None:
+        """Write the loss hyperparameters' natural values, where they are others."""
+        for name, h in self.hyper.items():
+            value = _value(values[name], h)
+            if not torch.equal(value, h.detach()):
+                with torch.no_grad():
+                    h.copy_(value)
+
+    @contextmanager
+    def hyper_at(self, values: Mapping[str, Any]) -> Iterator[None]:
+        """Within, the loss hyperparameters have other values; graphs made before stay good."""
+        kept = [h.detach().clone() for h in self.hyper.values()]
+        for name, h in self.hyper.items():
+            h.data.copy_(_value(values[name], h))
+        try:
+            yield
+        finally:
+            for h, value in zip(self.hyper.values(), kept, strict=True):
+                h.data.copy_(value)
+
+    @contextmanager
+    def elsewhere(self, theta: Array, hyper: Mapping[str, Any], again: bool) -> Iterator[None]:
+        """Within, the model has other parameters; after, everything is as before."""
+        now = self._memory.theta.numpy()
+        kept, world = now.copy(), self.world()
+        if not again and not np.array_equal(theta, now):
+            raise AdapterError(
+                f"{_CALL}: derivatives away from the current parameters need the loss as a function, `lambda: loss`, "
+                f"not its graph."
+            )
+        self._probing = True
+        try:
+            with self.statistics.apart(on=False), self.hyper_at(hyper):
+                now[:] = theta
+                yield
+        finally:
+            self._probing = False
+            now[:] = kept
+            self.back_to(world)
+
+    # -- training loss -------------------------------------------------------------------------------------------------
+
+    def train(self, batch: Any, Z: Array, dhyper: Mapping[str, Array], own: bool) -> Part:
+        """Gradient of the training loss and its tangents along Z (q, p) and dhyper; own: Z is the run's own memory.
+
+        The result is of the moment: the next call writes over it, unless it was asked for `elsewhere`.
+        """
+        room = Buffer(self._memory.shapes, len(Z), Z.dtype) if self._probing else self._rooms[len(Z)]
+        if not len(Z):
+            return self._by_graph(batch, None, room)
+        if self._differ:
+            return self._by_differences(batch, Z, dhyper, room)
+        along = self._Z if own else rows(torch.from_numpy(np.array(Z)), self._memory.shapes)
+        if self.hyper:
+            moved = [_rows(dhyper[name], len(Z), h) for name, h in self.hyper.items()]
+            along = [[*row, *hyper] for row, *hyper in zip(along, *moved, strict=True)]
+        before = self.world() if self._source.again(batch) and not self.graph.path else None
+        try:
+            return self._by_graph(batch, along, room)
+        except NotTwice:
+            if before is None:
+                raise
+            self.back_to(before)
+        try:
+            self._math = True  # the usual reason is attention, whose plain kernel can be differentiated twice
+            part = self._by_graph(batch, along, room)
+            log.info("torch: training losses are computed under attention's MATH kernel")
+            return part
+        except NotTwice:
+            self._math, self._differ = False, True
+            self.back_to(before)
+        return self._by_differences(batch, Z, dhyper, room)
+
+    def _loss(self, batch: Any) -> torch.Tensor:
+        kernel = sdpa_kernel(SDPBackend.MATH) if self._math else nullcontext()
+        with torch.enable_grad(), kernel:
+            return scalar(f"{_CALL}.step", self._source.train(batch))
+
+    def _by_graph(self, batch: Any, along: Rows | None, room: Buffer) -> Part:
+        """By double backward, or the gradient alone where along is None."""
+        n, loss = len(self._memory.params), self._loss(batch)
+        seen = [] if along is None else self.statistics.take()
+        moved, fixed = [c for c in seen if c.term is not None], [c for c in seen if c.term is None]
+        total = loss
+        with torch.enable_grad():
+            for call in moved:
+                total = total + call.term  # type: ignore[operator]
+        grads = self.graph.gradient(total, [c.zero for c in fixed], double=along is not None or self._probing)
+        write(room.g, grads[:n])
+        if along is not None:
+            into, inputs = room.dG, self._memory.params
+            news = [torch.empty((len(along), *c.zero.shape), dtype=c.zero.dtype) for c in moved]
+            if seen:
+                inputs = [*inputs, *(c.zero for c in moved)]
+                into = [[*row, *(new[j] for new in news)] for j, row in enumerate(into)]
+                ways = [self.statistics.tangents[c.layer] for c in fixed]
+                along = [[*row, *(way[j] for way in ways)] for j, row in enumerate(along)]
+            self.graph.push(grads, along, inputs, into)
+            self.statistics.due(moved, news)
+        return Part(float(loss.detach()), room.flat, [g is not None for g in grads[:n]])
+
+    def _by_differences(self, batch: Any, Z: Array, dhyper: Mapping[str, Array], room: Buffer) -> Part:
+        if self.statistics.layers:
+            raise AdapterError(f"{_CALL}.step: central differences cannot follow BatchNorm's running statistics.")
+        if not self._source.again(batch):
+            raise NotTwice("this loss came as a graph.")
+        before, now = self.world(), self._memory.theta.numpy()
+        theta, hyper = now.copy(), {n: h.detach().numpy().astype(np.float64) for n, h in self.hyper.items()}
+
+        def gradient(at: Array, values: Mapping[str, Any]) -> Array:
+            now[:] = at
+            self.set_hyper(values)
+            self.back_to(before)
+            into = Buffer(self._memory.shapes, 0, Z.dtype)
+            return self._by_graph(batch, None, into).rows[0]
+
+        try:
+            for j, z in enumerate(Z):
+                differences(gradient, theta, hyper, z, {n: d[j] for n, d in dhyper.items()}, room.flat[1 + j])
+            if len(Z) and not self.graph.path:
+                self._report(gradient, theta, hyper, Z[0], {n: d[0] for n, d in dhyper.items()}, room.flat[1])
+        finally:
+            now[:] = theta
+            self.set_hyper(hyper)
+            self.back_to(before)
+        return self._by_graph(batch, None, room)
+
+    def _report(self, gradient: Any, theta: Array, hyper: Any, z: Array, d: Any, found: Array) -> None:
+        """Say the path and the error of the differences, against those of half the step."""
+        half = np.empty_like(theta)
+        differences(gradient, theta, hyper, z, d, half, shrink=0.5)
+        size = float(np.linalg.norm(half))
+        self.graph.say(f"{DIFFERENCES}, relative error about {np.linalg.norm(found - half) / size if size else 0:.0e}")
+
+    def check_module(self) -> None:
+        """Raise where the model has gained or lost a parameter."""
+        if self._source.module is None:
+            return
+        present = {id(p) for p in self._source.module.parameters()}
+        if len(present) != self._size or not all(id(p) in present for p in self._memory.params):
+            raise AdapterError(
+                f"{_CALL}.step: the model has other parameters than when it was wrapped, {len(present)} of them, then "
+                f"{self._size}. Change the model first, then make the optimizer and the HyperOptimizer."
+            )
+
+    # -- outer loss ----------------------------------------------------------------------------------------------------
+
+    def outer(self, batch: Any) -> tuple[float, Array, dict[str, Array]]:
+        """The outer loss, its gradient (p,), and its direct derivatives; keeps `share`."""
+        n = len(self._memory.params)
+        with self.statistics.apart(on=True):
+            loss = self._outer_loss(batch)
+            seen = self.statistics.take()
+            grads = self.graph.gradient(loss, [c.zero for c in seen], double=False)
+        into = Buffer(self._memory.shapes, 0, self._memory.theta.numpy().dtype)
+        write(into.g, grads[:n])
+        hyper = zip(self.hyper, grads[n : n + len(self.hyper)], strict=True)
+        direct = {name: g.detach().numpy().astype(np.float64) for name, g in hyper if g is not None}
+        self.share = self.statistics.pull(seen, grads[n + len(self.hyper) :])
+        return float(loss.detach()), into.flat[0], direct
+
+    def _outer_loss(self, batch: Any) -> torch.Tensor:
+        self.check_module()
+        modules = [] if self._source.module is None else list(self._source.module.modules())
+        modes, versions = [m.training for m in modules], [b._version for b in self.buffers().values()]
+        with torch.enable_grad(), nullcontext() if self._looked else strict(self.statistics.layers):
+            loss = scalar(f"{_CALL}: val_loss", self._source.val(batch))
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        if versions != [b._version for b in self.buffers().values()]:
+            raise AdapterError(f"{_CALL}: val_loss changed the model's buffers. Call model.eval() in it, train() after.")
+        self._looked = True
+        return loss
+
+    def outer_hvp(self, theta: Array, hyper: Mapping[str, Any], V: Array, batch: Any) -> Array:
+        """(n, p) Hessian of the outer loss at theta times each row of V (n, p)."""
+        into = Buffer(self._memory.shapes, len(V), V.dtype)
+        try:
+            with self.elsewhere(theta, hyper, True):
+                grads = self.graph.gradient(self._outer_loss(batch), double=True)[: len(self._memory.params)]
+                along = rows(torch.from_numpy(np.array(V)), self._memory.shapes)
+                self.graph.push(grads, along, self._memory.params, into.dG)
+            return into.flat[1:]
+        except NotTwice:
+            return central_hvp(lambda at: self._outer_at(at, hyper, batch), theta, V)
+
+    def _outer_at(self, theta: Array, hyper: Mapping[str, Any], batch: Any) -> Array:
+        with self.elsewhere(theta, hyper, True):
+            return self.outer(batch)[1]
+
+
+def _value(value: Any, h: torch.Tensor) -> torch.Tensor:
+    """A natural value in a hyperparameter's dtype, rounded once."""
+    return torch.as_tensor(np.asarray(value, np.float64)).to(h.dtype)
+
+
+def _rows(tangents: Array, q: int, h: torch.Tensor) -> torch.Tensor:
+    """(q, *shape) tangents of a loss hyperparameter in its dtype."""
+    return torch.as_tensor(np.array(tangents), dtype=h.dtype).reshape(q, *h.shape)
+
+
+def scalar(call: str, loss: Any) -> torch.Tensor:
+    """The loss as a tensor of no dimensions, or an error."""
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        what = f"{tuple(loss.shape)} without a graph" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise AdapterError(f"{call}: needs a scalar loss tensor with its graph, got {what}. Do not call backward or item.")
+    return loss if loss.dim() == 0 else loss.reshape(())

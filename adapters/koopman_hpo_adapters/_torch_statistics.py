@@ -1,0 +1,167 @@
+"""BatchNorm's running statistics as part of the training state: their tangents, carried step by step.
+
+In training mode `r' = (1 - rate) r + rate s(x)`, and s, mean and variance of the layer's input, depends on the parameters;
+in evaluation mode the output depends on r.  Both are made visible to double backward by inputs that are zero: `<s, u>` is
+added to the loss, whose gradient along u is s and along the parameters, at u = 0, what it was; and an evaluating layer's
+output gets `(d output / d r) e`, which is zero, with e's derivative that of r.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from koopman_hpo.errors import AdapterError
+from koopman_hpo.problem import Array
+
+
+class Seen(NamedTuple):
+    """One call of one layer since the last step."""
+
+    layer: int  # its number
+    rate: float  # of the running average; NaN in evaluation
+    zero: torch.Tensor  # (2, C) u or e
+    term: torch.Tensor | None  # <s, u>
+
+
+class Statistics:
+    """The tangents of the running mean and variance of a model's BatchNorm layers.
+
+    Attributes:
+      layers: the layers.  tangents: for each of its C channels, (s, 2, C) along s directions.
+    """
+
+    def __init__(self, model: torch.nn.Module | None, s: int):
+        modules = [] if model is None else list(model.modules())
+        if any(isinstance(m, _InstanceNorm) and m.track_running_stats for m in modules):
+            raise AdapterError("HyperOptimizer: InstanceNorm with running statistics is not supported; leave them out.")
+        self.layers: list[Any] = [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        self.tangents = [torch.zeros((s, 2, m.num_features), dtype=m.running_mean.dtype) for m in self.layers]
+        self.on = True
+        self._seen: list[Seen] = []
+        self._due: list[tuple[Seen, torch.Tensor]] = []
+        for i, layer in enumerate(self.layers):
+            layer.register_forward_hook(_Hook(self, i))
+
+    # -- what the layers do ------------------------------------------------------------------------------------------
+
+    def observe(self, i: int, layer: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor | None:
+        """Note a call of layer i; returns an output that depends on the running statistics too, or None."""
+        if not (self.on and torch.is_grad_enabled()):
+            return None
+        if layer.training:
+            if x.requires_grad:
+                rate = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
+                self._note(i, rate, x.to(layer.running_mean.dtype))
+            return None
+        if not self.tangents[i].any():
+            return None
+        zero = torch.zeros((2, layer.num_features), dtype=layer.running_mean.dtype, requires_grad=True)
+        self._seen.append(Seen(i, np.nan, zero, None))
+        wide = lambda v: v.view(1, -1, *(1,) * (x.dim() - 2))
+        inverse = torch.rsqrt(layer.running_var + layer.eps)
+        scale = inverse if layer.weight is None else inverse * layer.weight
+        half = wide(0.5 * inverse**2 * zero[1]) * (x - wide(layer.running_mean))
+        return out - (wide(scale) * (wide(zero[0]) + half)).to(out.dtype)
+
+    def _note(self, i: int, rate: float, x: torch.Tensor) -> None:
+        over = [0, *range(2, x.dim())]
+        moments = torch.stack((x.mean(over), x.var(over, correction=1)))
+        zero = torch.zeros_like(moments, requires_grad=True)
+        self._seen.append(Seen(i, float(rate), zero, (moments * zero).sum()))
+
+    # -- what the step asks ------------------------------------------------------------------------------------------
+
+    def take(self) -> list[Seen]:
+        """The calls since the last time."""
+        seen, self._seen = self._seen, []
+        return seen
+
+    @contextmanager
+    def apart(self, on: bool) -> Iterator[None]:
+        """Calls within are of their own: those noted before are kept for the step."""
+        kept, was, self._seen, self.on = self._seen, self.on, [], on
+        try:
+            yield
+        finally:
+            self._seen, self.on = kept, was
+
+    def due(self, seen: Sequence[Seen], moved: Sequence[torch.Tensor]) -> None:
+        """Hold d s (s, 2, C) of each training call until the step is taken."""
+        self._due += list(zip(seen, moved, strict=True))
+
+    def advance(self) -> None:
+        """The running average of the tangents, call by call."""
+        for call, moved in self._due:
+            self.tangents[call.layer].lerp_(moved, call.rate)
+        self._due = []
+
+    def drop(self) -> None:
+        """Forget the calls of a step that was not taken."""
+        self._seen, self._due = [], []
+
+    def forget(self, rho: float) -> None:
+        for t in self.tangents:
+            t.mul_(rho) if rho else t.zero_()
+
+    def pull(self, seen: Sequence[Seen], grads: Sequence[torch.Tensor | None]) -> Array:
+        """(s,) share of the hypergradient that goes through the running statistics."""
+        share = np.zeros(len(self.tangents[0]) if self.tangents else 1)
+        for call, g in zip(seen, grads, strict=True):
+            if g is not None:
+                share += torch.tensordot(self.tangents[call.layer], g.detach(), 2).numpy()
+        return share
+
+    def snapshot(self) -> dict[str, Array]:
+        return {f"statistics/{i}": t.numpy().copy() for i, t in enumerate(self.tangents)}
+
+    def restore(self, snapshot: Any) -> None:
+        self.drop()
+        for i, t in enumerate(self.tangents):
+            t.copy_(torch.from_numpy(np.array(snapshot[f"statistics/{i}"])))
+
+
+class _Hook:
+    """Tells the statistics of a call; a copy of the model, or one from a file, is nobody's."""
+
+    def __init__(self, statistics: Statistics | None = None, i: int = 0):
+        self._statistics, self._i = (lambda: None) if statistics is None else weakref.ref(statistics), i
+
+    def __call__(self, layer: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
+        statistics = self._statistics()
+        return None if statistics is None else statistics.observe(self._i, layer, args[0], out)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, ()
+
+
+@contextmanager
+def strict(layers: Sequence[Any]) -> Iterator[None]:
+    """Within, a layer that acts differently in training must not be in training mode, nor unknown running statistics."""
+
+    def look(module: Any, args: Any) -> None:
+        random = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
+        running = isinstance(module, _BatchNorm) and module.running_mean is not None
+        if (random or running) and module.training:
+            raise AdapterError(
+                f"HyperOptimizer: val_loss runs {type(module).__name__} in training mode. Call model.eval() in it, "
+                f"and model.train() after."
+            )
+        if running and all(module is not layer for layer in layers):
+            raise AdapterError(
+                "HyperOptimizer: val_loss depends on running statistics of a BatchNorm layer. Pass model=... so that "
+                "they are carried along."
+            )
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()

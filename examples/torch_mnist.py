@@ -1,0 +1,233 @@
+"""Tune LeNet on MNIST in a PyTorch loop of one's own, from learning rates far too small, sensible and far too large.
+
+Data: MNIST's 10,000 test digits as the whole data set, 8,000 to train, 1,000 to validate, 1,000 to test; either a folder
+with its two idx files, plain or gzipped (--data), or fetched once by pooch and checked by its MD5 sum (--fetch).  Without
+them scikit-learn's digits, enlarged to 28 x 28, and the output says so.  Each optimizer and learning rate is trained
+untuned, with local hypergradients, and glocally; with --full beside the best of ten random full runs.
+
+    python examples/torch_mnist.py [--data DIR | --fetch] [--full] [--lr 1e-4 1] [--optimizer sgd adam] [--out mnist.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from koopman_hpo_adapters.plot import COLOURS, STYLE
+from koopman_hpo_adapters.progress import Progress
+from koopman_hpo_adapters.torch import HyperOptimizer
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from koopman_hpo import Glocal, History, Local, Space, log, logit, outer
+
+URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+FILES = {  # MD5 sums, as torchvision has them
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+}
+OPTIMIZERS = {
+    "sgd": lambda model, lr, momentum=0.9, decay=1e-4: torch.optim.SGD(
+        model.parameters(), lr, momentum=momentum, weight_decay=decay
+    ),
+    "adam": lambda model, lr, momentum=0.9, decay=1e-4: torch.optim.Adam(
+        model.parameters(), lr, betas=(momentum, 0.999), weight_decay=decay
+    ),
+}
+STRATEGIES = {"untuned": None, "local": Local(), "glocal": Glocal(snapshots=13)}
+SECOND = {"sgd": "momentum", "adam": "beta1"}  # tuned beside lr and weight decay
+
+
+class Budget(NamedTuple):
+    """What a run costs."""
+
+    batch: int
+    epochs: int
+    window: int  # steps between two moves of the hyperparameters
+    val: int  # validation examples that a hypergradient sees
+
+
+class Run(NamedTuple):
+    """What a run left."""
+
+    accuracy: float  # of the test set, in %
+    test_loss: float
+    val_loss: float
+    history: History | None
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def idx(folder, kind, header, shape):
+    """The uint8 array (n, *shape) of MNIST's one idx file of that kind in the folder."""
+    found = [p for p in sorted(Path(folder).glob(f"*{kind}-idx*-ubyte*")) if p.suffix in ("", ".gz")]
+    if len(found) != 1:
+        raise SystemExit(f"torch_mnist: {folder} must hold one idx file of {kind}, found {[p.name for p in found]}.")
+    raw = found[0].read_bytes()
+    raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(-1, *shape)
+
+
+def fetched():
+    """The folder into which pooch has put MNIST's test digits."""
+    try:
+        import pooch
+    except ImportError:
+        raise SystemExit("torch_mnist: --fetch needs pooch: pip install pooch. Or give the files with --data.") from None
+    paths = [pooch.retrieve(URL + name, f"md5:{known}", fname=name) for name, known in FILES.items()]
+    return Path(paths[0]).parent
+
+
+def data(folder, seed):
+    """Training, validation and test sets (images (n, 1, 28, 28) float32, labels (n,)), and what they are."""
+    if folder is None:
+        from sklearn.datasets import load_digits
+
+        small, y = load_digits(return_X_y=True)
+        X = np.pad(np.kron(small.reshape(-1, 8, 8) / 16, np.ones((3, 3))), ((0, 0), (2, 2), (2, 2)))
+        what, held = "scikit-learn's digits (no MNIST files were given)", 300
+    else:
+        X, y = idx(folder, "images", 16, (28, 28)) / 255, idx(folder, "labels", 8, ())
+        what, held = "MNIST", 1000
+    order = np.random.default_rng(seed).permutation(len(y))[:10_000]
+    X = (X - X[order[: -2 * held]].mean()) / X[order[: -2 * held]].std()
+    X, y = torch.tensor(X, dtype=torch.float32)[:, None], torch.tensor(y.astype(np.int64))
+    sets = [(X[i], y[i]) for i in np.split(order, [-2 * held, -held])]
+    return sets, f"{what}: {', '.join(str(len(y)) for _, y in sets)} images to train, validate and test"
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def lenet():
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(400, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, 10),
+    )  # fmt: skip
+
+
+def batches(X, y, budget, seed):
+    for epoch in range(budget.epochs):
+        order = np.random.default_rng((seed, epoch)).permutation(len(y))
+        for part in np.split(order[: len(y) // budget.batch * budget.batch], len(y) // budget.batch):
+            yield X[part], y[part]
+
+
+def space(optimizer, lr):
+    """What is tuned, and where it starts; momentum has a ceiling, for a long memory undoes what lr does about noise."""
+    second = {SECOND[optimizer]: logit(0.9, bounds=(0.1, 0.95))}
+    return Space(lr=log(lr, bounds=(1e-6, 10)), **second, weight_decay=log(1e-4, bounds=(1e-7, 1e-1)))
+
+
+def train(strategy, optimizer, hyper, sets, budget, seed, label=""):
+    """A run from the hyperparameters given, held where they are if strategy is None."""
+    torch.manual_seed(seed)
+    (X, y), (X_val, y_val), (X_test, y_test) = sets
+    model = lenet()
+    opt = OPTIMIZERS[optimizer](model, *hyper)
+    if strategy is not None:
+        opt = HyperOptimizer(
+            opt,
+            tune=space(optimizer, *hyper),
+            val_loss=lambda: cross_entropy(model(X_val[: budget.val]), y_val[: budget.val]),
+            strategy=strategy,
+            steps=budget.epochs * (len(y) // budget.batch),
+            window=budget.window,
+            outer=outer.adam(0.3),
+            callbacks=[Progress(label)],
+        )
+    for x, target in batches(X, y, budget, seed):
+        loss = cross_entropy(model(x), target)
+        if strategy is None:
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+        else:
+            opt.step(loss)
+    with torch.no_grad():
+        logits = model(X_test)
+        accuracy = 100 * float((logits.argmax(1) == y_test).double().mean())
+        losses = float(cross_entropy(logits, y_test)), float(cross_entropy(model(X_val), y_val))
+        return Run(accuracy, *losses, opt.tuner.history if strategy else None)
+
+
+def random_search(n, optimizer, sets, budget, seed):
+    """The run with the lowest validation loss among n with random lr, momentum (or beta1) and weight decay."""
+    rng = np.random.default_rng(seed)
+    runs = []
+    for _ in range(n):
+        hyper = 10 ** rng.uniform(-4, 0), rng.uniform(0, 0.99), 10 ** rng.uniform(-6, -2)
+        runs.append(train(None, optimizer, hyper, sets, budget, seed))
+    return min(runs, key=lambda run: run.val_loss if np.isfinite(run.val_loss) else np.inf)
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def picture(runs):
+    """Validation loss and learning rate of every glocal run.  runs: {optimizer: {lr: {strategy: Run}}}."""
+    with rc_context(STYLE):
+        fig = Figure(figsize=(9.2, 3.2 * len(runs)), layout="constrained")
+        axes = fig.subplots(len(runs), 2, squeeze=False)
+        for (left, right), (optimizer, starts) in zip(axes, runs.items(), strict=True):
+            for colour, (lr, found) in zip(COLOURS, starts.items(), strict=False):
+                history, name = found["glocal"].history, f"from {lr:g}"
+                left.plot(history.step, history.value, color=colour, label=name)
+                right.plot([0, *history.step], [lr, *history.natural[:, 0]], color=colour, label=name)
+            left.set(title=f"LeNet, {optimizer}: validation loss, glocal", yscale="log", xlabel="inner steps")
+            right.set(title="Learning rate, glocal", yscale="log", xlabel="inner steps")
+            left.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+            for ax in (left, right):
+                ax.yaxis.set_major_formatter("{x:g}")
+            right.legend()
+    return fig
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", help="folder with MNIST's images and labels, idx files")
+    source.add_argument("--fetch", action="store_true", help="fetch MNIST's test digits with pooch")
+    parser.add_argument("--full", action="store_true", help="three epochs, both optimizers, three starts, random search")
+    parser.add_argument("--lr", type=float, nargs="+", help="learning rates to start from")
+    parser.add_argument("--optimizer", nargs="+", choices=sorted(OPTIMIZERS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="torch_mnist.png", help="figure to write")
+    args = parser.parse_args(argv)
+    budget = Budget(32, 3, 25, 500) if args.full else Budget(16, 2, 12, 100)
+    sets, what = data(fetched() if args.fetch else args.data, args.seed)
+    if not args.full:
+        sets[0] = tuple(part[:1000] for part in sets[0])
+    print(f"{what}; {budget.epochs} epochs of batches of {budget.batch}")
+    runs = {}
+    for optimizer in args.optimizer or (("sgd", "adam") if args.full else ("sgd",)):
+        if args.full:
+            best = random_search(10, optimizer, sets, budget, args.seed)
+            print(
+                f"{optimizer:4s} best of 10 random full runs: {best.accuracy:.1f} % (loss {best.test_loss:.3f})", flush=True
+            )
+        for lr in args.lr or ((1e-4, 1e-2, 1.0) if args.full else (1e-3,)):
+            found = {
+                name: train(strategy, optimizer, (lr,), sets, budget, args.seed, f"{optimizer} {lr:g} {name}")
+                for name, strategy in STRATEGIES.items()
+            }
+            runs.setdefault(optimizer, {})[lr] = found
+            line = ", ".join(f"{name} {run.accuracy:.1f} % ({run.test_loss:.3f})" for name, run in found.items())
+            over = {name: found["glocal"].accuracy - found[name].accuracy for name in ("untuned", "local")}
+            gained = f"gained by glocal: {over['untuned']:+.1f} points over untuned, {over['local']:+.1f} over local"
+            print(f"{optimizer:4s} from lr {lr:g}: test accuracy (loss) {line}; {gained}", flush=True)
+    picture(runs).savefig(args.out, dpi=200)
+    print(f"figure: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import checks, tangent
-from .errors import AdapterError, short
-from .kernels import for_device
+from .errors import AdapterError, choice, short
+from .kernels import DEVICES, for_device
 from .kernels.arrays import Coefficients, Grads, TangentState
 from .optimizers import Rule
 from .problem import Array
@@ -192,6 +192,5 @@ class Card:
 
 
 def of(name: Any) -> Host | Card:
-    """The device of that name.  Raises ValueError: no such one; RuntimeError: no card."""
-    for_device(name)
-    return Host() if name == "cpu" else Card()
+    """The device of that name.  Raises HyperparameterError: no such one; RuntimeError: no card."""
+    return Host() if choice("inner", "device", name, DEVICES) == "cpu" else Card()

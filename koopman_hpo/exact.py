@@ -134,7 +134,7 @@ def check_hypergradient(
     call = "check_hypergradient"
     require(call, run)
     steps = _listed(call, batches)
-    if getattr(run, "directions", None) is not None:
+    if run.directions is not None:
         raise HyperparameterError(
             f"{call}: the run follows random directions, whose hypergradient is an estimate. "
             "Check one with directions=None."

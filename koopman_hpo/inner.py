@@ -36,6 +36,8 @@ class Inner(Protocol):
     def t(self) -> int: ...
     @property
     def params(self) -> Array: ...
+    @property
+    def directions(self) -> Array | None: ...  # (s, q) random directions that the tangents follow, or None
     def step(self, phi: ArrayLike, batch: Any, *, tangents: bool = True) -> float: ...
     def hypergradient(self, batch: Any) -> Hypergradient: ...
     def run(self, phi: ArrayLike, batches: Iterable[Any], val_batch: Any, every: int = 1) -> tuple[Array, Array]: ...
@@ -53,11 +55,6 @@ def require(call: str, run: Any, error: type[KoopmanHPOError] = AdapterError) ->
             f"{call}: the first argument must be an Inner, got {type(run).__name__}. Make one with "
             f"koopman_hpo.inner.sgd(problem, space) or an adapter."
         )
-
-
-def random_directions(run: Inner) -> bool:
-    """Whether the tangents follow random directions, so that hypergradients are estimates."""
-    return getattr(run, "directions", None) is not None
 
 
 def _make(problem: Problem, space: Space, rule: Rule, fixed: Mapping[str, Value], options: Mapping[str, Any]) -> CoreInner:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .inner import Inner, random_directions
+from .inner import Inner
 from .state import State
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 def begin_again(inner: Inner, snapshot: dict[str, NDArray]) -> None:
     """Back to a snapshot, with zero tangents and, where these are random, directions that were not drawn before."""
-    inner.restore(snapshot | {"rng": inner.snapshot()["rng"]} if random_directions(inner) else snapshot)
+    inner.restore(snapshot | {"rng": inner.snapshot()["rng"]} if inner.directions is not None else snapshot)
     inner.forget(0)
 
 
@@ -49,7 +49,8 @@ class Online:
 
     def kept(self, tuner: Tuner, s: State) -> float | None:
         """The share of the tangents that the next window begins with; None: training begins again."""
-        return 0.0 if random_directions(tuner.inner) else tuner.forget**s.window.length  # new directions carry nothing
+        fresh = tuner.inner.directions is not None  # new random directions carry nothing
+        return 0.0 if fresh else tuner.forget**s.window.length
 
     def lengthened(self, tuner: Tuner, s: State, estimate: Array) -> State:
         """The state after an estimate that was used."""

@@ -24,7 +24,6 @@ from .history import History
 from .inner import Inner
 from .modes import MODES, Online, Restart, begin_again
 from .outer import Outer
-from .problem import Hypergradient
 from .state import Best, State, Window, frozen
 from .strategies import Glocal, Strategy
 
@@ -177,14 +176,6 @@ class Tuner:
         Raises:
           RuntimeError: tuning has ended (`done`), or the run was moved by someone else.
         """
-        s = self._ready(val_batch)
-        if s.window.owed is None:
-            loss = self.inner.step(s.phi, batch)
-            s = self.state = s._replace(t=s.t + 1, window=s.window._replace(owed=loss))
-        return self._settle(s, lambda: self.inner.hypergradient(val_batch))
-
-    def _ready(self, val_batch: Any) -> State:
-        """The state, if a step can be taken from it."""
         s = self.state
         if s.reason:
             raise RuntimeError(f"Tuner.step: tuning has ended ({s.reason}); look at tuner.result.")
@@ -195,7 +186,10 @@ class Tuner:
             )
         if math.isnan(s.value0):
             s = self.state = s._replace(value0=self._start_value(val_batch))
-        return s
+        if s.window.owed is None:
+            loss = self.inner.step(s.phi, batch)
+            s = self.state = s._replace(t=s.t + 1, window=s.window._replace(owed=loss))
+        return self._settle(s, val_batch)
 
     def fit(self, batches: Any, val_batches: Any) -> Result:
         """Run to the end.
@@ -211,18 +205,11 @@ class Tuner:
         inner_batch = source("Tuner.fit", "batches", batches)
         val_batch = source("Tuner.fit", "val_batches", val_batches)
         window, val = -1, None
-        ahead: list[Any] = []  # batches drawn and not used
         while not self.done:
             w = self.state.window
             if window != w.number:  # one outer batch a window: its trajectory is of one function
                 window, val = w.number, val_batch(w.number)
-            if w.owed is not None:
-                self.step(None, val)
-                continue
-            used, n = self.used, self._stride(w)
-            ahead += [inner_batch(used + i) for i in range(len(ahead), n)]
-            self.step(ahead[0], val) if n == 1 else self._leap(ahead[:n], val)
-            del ahead[: self.used - used]
+            self.step(None if w.owed is not None else inner_batch(self.used), val)
         if self.mode == "restart" and self.reason.startswith("finished"):
             self._warn(final.train(self, inner_batch, val_batch))
         return self.result
@@ -250,28 +237,7 @@ class Tuner:
             )
         return value
 
-    def _stride(self, w: Window) -> int:
-        """Inner steps of one call: those of a run's own `window`, up to a recorded hypergradient and about 256, or one."""
-        if not hasattr(self.inner, "window"):
-            return 1
-        spacing = self.spacing(w.length)
-        left = w.length - w.done
-        return left % spacing or min(left, spacing * max(1, 256 // spacing))
-
-    def _leap(self, batches: list[Any], val_batch: Any) -> None:
-        """As many calls of `step`, the run going there at once; ends early where a loss is not finite."""
-        s = self._ready(val_batch)
-        number, every = s.window.number, min(len(batches), self.spacing(s.window.length))
-        losses, found = self.inner.window(s.phi, batches, val_batch, every)  # type: ignore[attr-defined]
-        due = iter(found)
-        for loss in losses.tolist():
-            s = self.state
-            s = self.state = s._replace(t=s.t + 1, window=s.window._replace(owed=loss))
-            self._settle(s, lambda: next(due))
-            if self.done or self.state.window.number != number:
-                return
-
-    def _settle(self, s: State, find: Callable[[], Hypergradient]) -> float:
+    def _settle(self, s: State, val_batch: Any) -> float:
         """What follows a step that was taken: nothing yet, a hypergradient, or the window's end; all of it or nothing."""
         loss, w = s.window.owed, s.window.settled()
         assert loss is not None
@@ -279,7 +245,7 @@ class Tuner:
         if not math.isfinite(loss):
             self._commit(closing.back(self, s, f"inner loss is {loss}"))
         elif (w.length - w.done) % self.spacing(w.length) == 0:  # counted from the end, so evenly spaced up to it
-            found = find()
+            found = self.inner.hypergradient(val_batch)
             s = s._replace(window=w._replace(H=(*w.H, found.grad)))
             outcome = closing.close(self, s, found.value) if w.done == w.length else None
             if np.isfinite(found.grad).all():

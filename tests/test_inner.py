@@ -294,6 +294,7 @@ FREE = Problem(np.ones(5), P.grad_jvp, P.outer)
         (lambda: inner.sgd(P, Space(lr=log(0.1)), nesterov=True), HyperparameterError, "nesterov"),
         (lambda: inner.sgd(P, Space(lr=log(0.1)), directions=2), HyperparameterError, "at most q = 1"),
         (lambda: inner.sgd(P, Space(lr=log(0.1)), chunk=0), HyperparameterError, "chunk"),
+        (lambda: inner.sgd(P, Space(lr=log(0.1)), device="gpu"), HyperparameterError, "'cpu', 'cuda'"),
         (lambda: inner.sgd(np.ones(5), Space(lr=log(0.1))), AdapterError, "must be a Problem"),
         (lambda: inner.sgd(P, {"lr": 0.1}), HyperparameterError, "must be a Space"),
         (lambda: inner.adam(P, Space(lr=log(0.1)), eps=0.0), HyperparameterError, "eps needs 0 < value"),

@@ -575,36 +575,3 @@ def test_refuses_what_it_cannot_train():
     vector = inner.sgd(adapter.problem(lambda p, h, b: p, lambda p, h, b: p, np.ones(2)), space)
     with pytest.raises(AdapterError, match="train_loss must be a real scalar"):
         vector.step(space.phi0, None)
-
-
-@pytest.mark.parametrize("lr", [0.05, 3.0])
-def test_a_tuner_takes_whole_windows_and_finds_what_steps_find(lr):
-    """At lr 3 gradient descent explodes in mid-window, and is rolled back."""
-    space = Space(lr=log(lr), l2=log(0.1))
-
-    def step(state, hyper, batch):
-        value, g = jax.value_and_grad(lambda w: jnp.mean((batch[0] @ w - batch[1]) ** 4) + hyper["l2"] * w @ w)(state)
-        return state - hyper["lr"] * g, value
-
-    rng = np.random.default_rng(0)
-    X, y = rng.normal(size=(64, 5)), rng.normal(size=64)
-    batches, val = [(X[:16], y[:16]), (X[16:32], y[16:32]), (X[32:48], y[32:48])], (X[48:], y[48:])
-    make = lambda: Tuner(
-        adapter.inner(step, lambda w, hyper, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2), jnp.zeros(5), space),
-        Glocal(snapshots=7),
-        steps=110,
-        window=20,
-    )
-    whole, steps = make(), make()
-    sizes = []
-    real = whole.inner.window
-    whole.inner.window = lambda phi, batches, *rest: sizes.append(len(batches)) or real(phi, batches, *rest)
-    whole.fit(batches, [val])
-    while not steps.done:
-        steps.step(batches[steps.used % 3], val)
-    assert max(sizes) == 18  # up to the window's end, after the two steps before the first record
-    assert whole.history.event.tolist() == steps.history.event.tolist()
-    assert any("inner loss" in e for e in steps.history.event) == (lr > 1)
-    np.testing.assert_allclose(whole.history.phi, steps.history.phi, rtol=1e-12)
-    np.testing.assert_allclose(whole.inner.params, steps.inner.params, rtol=1e-12)
-    assert whole.used == steps.used

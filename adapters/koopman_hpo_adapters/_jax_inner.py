@@ -108,6 +108,8 @@ class JaxInner:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
+    directions = None  # every tangent is carried
+
     @property
     def t(self) -> int:
         return self._t

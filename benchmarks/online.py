@@ -100,7 +100,7 @@ def random_search(setting, seed, data, n):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data", help="folder with the KMNIST test set (.npz)")
+    parser.add_argument("--data", required=True, help="folder with the KMNIST test set (.npz)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--random", type=int, default=20)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))

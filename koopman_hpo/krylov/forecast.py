@@ -1,0 +1,197 @@
+"""`estimate`: the hypergradient at the horizon, its error, and whether to believe it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import koopman
+from ..engine import CoreInner
+from ..errors import AdapterError, ShapeError, choice, number, whole
+from ..problem import Array
+from . import frozen, noise, roll
+from .model import Model
+
+GATE = 0.5  # accepted if the error is below this part of the value
+NOISES = ("epoch", "independent")
+NOISE_DOUBT = 0.5  # share of the noise term that its own error is taken to be, beside its spread over batches
+MOST_STEPS = 10**9
+
+
+class _Plan(NamedTuple):
+    """The settings of `estimate`, checked."""
+
+    steps: int
+    columns: int
+    stages: int
+    midpoint: bool
+    noise: str | None
+    epoch: int | None
+    chosen: list[Any]
+    depth: int
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast(koopman.Forecast):
+    """What `estimate` returns: a `koopman.Forecast` and what it rests on.
+
+    `move` and `deviation` are root mean squares of the distance from the current hypergradient and of the error, both
+    relative to the root mean square of the estimate.  Not accepted: the value is the current hypergradient.
+    """
+
+    estimate: Array  # (q,) the estimate, accepted or not
+    spectrum: tuple[
+        Array, ...
+    ] = ()  # of each stage, eigenvalues of the preconditioned step `rate (H + wd)`, before clipping
+    stages: tuple[int, ...] = ()  # inner steps of each
+    basis: tuple[int, ...] = ()  # columns of each stage's Krylov space
+    hvps: int = 0  # Hessian-vector products of the inner loss
+    gradients: int = 0  # of the inner loss
+    mixed: int = 0  # mixed derivatives of the inner loss, q rows each
+    outers: int = 0  # gradients and Hessian-vector products of the outer loss
+    noise_share: float = 0.0  # |noise term| / (|noise term| + |the rest|)
+
+
+def estimate(
+    inner: CoreInner,
+    train_batch: Any,
+    val_batch: Any,
+    steps: int,
+    *,
+    columns: int = 16,
+    stages: int = 5,
+    midpoint: bool = True,
+    noise: str | None = None,
+    batches: Sequence[Any] | None = None,
+    hvp_batch: Any = None,
+    samples: int = 8,
+    depth: int = 4,
+    gate: float = GATE,
+    seed: int = 0,
+) -> Forecast:
+    """The hypergradient `steps` inner steps ahead, from the known dynamics of training; the run does not move.
+
+    Each stage freezes the curvature (and the preconditioner of adam, adamw, rmsprop) and moves parameters, momentum and
+    adjoint by a power of a small matrix.  Exact for a quadratic loss under sgd with `columns` >= p.
+
+    Args:
+      inner: a run of the core, at the window's end, its tangents as far back as h shall count.
+      train_batch: what the mean gradient is taken on: everything, or much.  val_batch: of the outer loss.
+      steps: inner steps to the horizon, >= 0; 0 gives the current hypergradient.
+      columns: Krylov columns of a stage, >= 2, one Hessian-vector product each; more than p are p.
+      stages: how many are planned, each 1.6 times as long as the one before; where the frozen gradient goes astray they
+        are shorter and up to twice as many, where it stays true longer and fewer.
+      midpoint: take a stage's Hessian where its middle is expected, not at its start: costs nothing more.
+      noise: "epoch": add what the noise of `batches`, one epoch drawn without replacement, does at the horizon;
+        "independent": of independent batches; None: the same batch at every step.
+      batches: list of mini-batches; also tells the frozen second moments of adam and rmsprop their noise.
+      hvp_batch: for Hessian-vector products only, default train_batch; about 256 examples serve.
+      samples, depth: batches that the noise term follows, and the columns of each.
+      gate: accepted if the estimated error is below this share of the estimate (root mean squares).
+      seed: of the choice of the samples.
+
+    Returns:
+      `Forecast`.  Its error is what fewer columns would change, the frozen gradients' defects at the stages' ends, and
+      the noise term's spread, in quadrature: an estimate, not a bound.  beta2 (adam) and alpha (rmsprop) act on the
+      preconditioner alone, which is frozen: what they do after now is left out.  The noise term leaves out the
+      hyperparameters of the loss.
+
+    Raises:
+      AdapterError: the inner run has no frozen step (jax's own train_step, adagrad, lion).
+      HyperparameterError, ShapeError: settings that make no sense; too few batches for the noise term.
+    """
+    if not isinstance(inner, CoreInner):
+        raise AdapterError(
+            f"krylov.estimate: needs a run of the core (koopman_hpo.inner.sgd, adam, adamw or rmsprop on a Problem), got "
+            f"{type(inner).__name__}, whose step cannot be frozen. Use koopman.extrapolate(H, ahead)."
+        )
+    call = "krylov.estimate"
+    frozen.check(call, inner.rule)
+    steps = whole(call, "steps", steps, 0, MOST_STEPS, "Steps are inner steps from now to the horizon.")
+    columns, stages = whole(call, "columns", columns, 2), whole(call, "stages", stages, 1, 30)
+    samples, depth = whole(call, "samples", samples, 1), whole(call, "depth", depth, 1, 100)
+    seed = whole(call, "seed", seed, 0)
+    gate = number(call, "gate", gate, "a number > 0", 0.0, open_low=True)
+    chosen = _batches(noise, batches, samples, seed)
+    now = inner.hypergradient(val_batch).grad
+    if steps == 0:
+        return _current(now, True, "0 steps ahead: the current hypergradient")
+    if not np.isfinite(now).all():
+        return _current(now, False, "last value: it is not finite, nor is the run")
+    model = Model(inner.dynamics(), inner.space, train_batch, train_batch if hvp_batch is None else hvp_batch, val_batch)
+    epoch = len(batches) if noise == "epoch" and batches is not None else None
+    plan = _Plan(steps, min(columns, inner.params.size), stages, midpoint, noise, epoch, chosen, depth)
+    with np.errstate(all="ignore"):
+        try:
+            return _rolled(model, plan, now, gate)
+        except np.linalg.LinAlgError as problem:
+            return _current(now, False, f"last value: the frozen run cannot be rolled ({problem})")
+
+
+def _rolled(model: Model, plan: _Plan, now: Array, gate: float) -> Forecast:
+    """The estimate and its gate."""
+    variance = roll.variance(model, plan.chosen) if plan.chosen and model.dynamics.state.slots.shape[0] > 1 else 0.0
+    rolled = roll.forward(model, plan.steps, plan.stages, plan.columns, plan.midpoint, variance)
+    h, fewer, paths = roll.backward(model, rolled, plan.columns)
+    extra = doubt = np.zeros_like(h)
+    if plan.noise is not None:
+        last = rolled.stages[-1][0]
+        extra, doubt = noise.correction(model, last, rolled.end.theta, plan.steps, plan.chosen, plan.epoch, plan.depth)
+        doubt = doubt + NOISE_DOUBT * np.abs(extra)
+    value = h + extra
+    size = _rms(value) or 1.0
+    error = np.sqrt((h - fewer) ** 2 + (sum(rolled.defects) * size) ** 2 + doubt**2)
+    move, deviation = _rms(value - now) / size, _rms(error) / size
+    finite = bool(np.isfinite(value).all() and np.isfinite(error).all())
+    accepted = finite and deviation < gate
+    numbers = f"estimated error {deviation:.3g} of the estimate, gate {gate:g}"
+    return Forecast(
+        value=value if accepted else now.copy(),
+        error=error if finite else np.full_like(now, np.inf),
+        accepted=accepted,
+        reason=f"krylov, {numbers}" if accepted else f"last value: {numbers if finite else 'krylov is not finite'}",
+        method="krylov",
+        move=move,
+        deviation=deviation,
+        estimate=value,
+        spectrum=tuple(path.spectrum for path in paths),
+        stages=tuple(stage.steps for stage, _ in rolled.stages),
+        basis=tuple(path.small.T.shape[-1] for path in paths),
+        hvps=model.hvps,
+        gradients=model.gradients,
+        mixed=model.mixeds,
+        outers=model.outers,
+        noise_share=_rms(extra) / max(_rms(extra) + _rms(h), 1e-300),
+    )
+
+
+def _current(now: Array, accepted: bool, reason: str) -> Forecast:
+    error = np.zeros_like(now) if accepted else np.full_like(now, np.inf)
+    return Forecast(now, error, accepted, reason, "krylov", 0.0, 0.0, now.copy(), outers=1)
+
+
+def _rms(x: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def _batches(noise_kind: str | None, batches: Sequence[Any] | None, samples: int, seed: int) -> list[Any]:
+    """The batches that stand for the noise."""
+    if noise_kind is not None:
+        choice("krylov.estimate", "noise", noise_kind, NOISES)
+    if batches is not None and not isinstance(batches, list):
+        raise ShapeError(
+            f"krylov.estimate: batches must be a list of mini-batches, got {type(batches).__name__}. For an epoch: "
+            f"[batch for batch in loader]."
+        )
+    if noise_kind is not None and (batches is None or len(batches) < 2):
+        raise ShapeError(
+            f"krylov.estimate: noise={noise_kind!r} needs batches=[...], at least two mini-batches (all of an epoch for "
+            f"'epoch'), got {'none' if batches is None else len(batches)}. For one batch at every step take noise=None."
+        )
+    if not batches:
+        return []
+    chosen = np.random.default_rng(seed).permutation(len(batches))[:samples]
+    return [batches[i] for i in sorted(chosen)]

@@ -1,0 +1,198 @@
+"""One training step with curvature and preconditioner frozen: a small affine map, and what it is made of.
+
+In coordinates in which the preconditioned step is plain gradient descent (`theta = theta_0 + scale * (x Q)`), every rule
+that can be frozen is the same map with other coefficients:
+
+    d  = b + (T + W) x              gradient and coupled weight decay
+    w' = mu w + keep d              momentum
+    u  = w', or d + mu w' (nesterov)
+    x' = x - rate u - decay (x + y)  `decay`: decoupled weight decay
+
+`T` is the curvature in the basis Q.  Values of n groups are diagonal in the full space, so `sum_g value_g G_g` in the
+basis, with `G_g` the group's mask.  Letters: m columns of the basis, n groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..engine import Dynamics
+from ..errors import AdapterError
+from ..hyperparameters import Point, Space
+from ..optimizers import Dual, Rule
+from ..problem import Array
+
+MU, KEEP, RATE, WD, DECAY, SHRINK = range(6)
+COMPLEX_STEP = 1e-30
+MOST_PIECES = 4096  # steps at which a schedule is read, at most
+
+
+class Coefficients(NamedTuple):
+    """Coefficients of the frozen step: mu, keep, rate, coupled and decoupled decay, and minus the change of eps."""
+
+    c: Array  # (6, n)
+    dc: Array  # (6, q, n)
+
+
+class Piece(NamedTuple):
+    """Steps during which the coefficients stand."""
+
+    at: Coefficients
+    steps: int
+
+
+def _zero(like: Dual) -> Dual:
+    return Dual(np.zeros_like(like.x), np.zeros_like(like.dx))
+
+
+def _times(a: Dual, b: Dual) -> Dual:
+    return Dual(a.x * b.x, a.dx * b.x + a.x * b.dx)
+
+
+def _shrink(eps: Dual) -> Dual:
+    """log D moves by -D deps, where D = 1 / (root + eps): zero here, for D stands at its value."""
+    return Dual(np.zeros_like(eps.x), -eps.dx)
+
+
+def _sgd(lr: Dual, mu: Dual, keep: Dual, wd: Dual) -> tuple[Dual, ...]:
+    return mu, keep, lr, wd, _zero(lr), _zero(lr)
+
+
+def _adam(decoupled: bool, *rows: Dual) -> tuple[Dual, ...]:
+    lr, b1, a1, _, _, i1, _, eps, wd, _ = rows
+    if decoupled:
+        return b1, a1, _times(lr, i1), _zero(wd), _times(lr, wd), _shrink(eps)
+    return b1, a1, _times(lr, i1), wd, _zero(wd), _shrink(eps)
+
+
+def _rmsprop(*rows: Dual) -> tuple[Dual, ...]:
+    lr, _, _, mu, eps, wd, one = rows
+    return mu, one, lr, wd, _zero(lr), _shrink(eps)
+
+
+_CANONICAL: Mapping[str, Callable[..., tuple[Dual, ...]]] = {
+    "sgd": _sgd,
+    "adam": lambda *rows: _adam(False, *rows),
+    "adamw": lambda *rows: _adam(True, *rows),
+    "rmsprop": _rmsprop,
+}
+
+
+def check(call: str, rule: Rule) -> None:
+    if rule.name not in _CANONICAL:
+        raise AdapterError(
+            f"{call}: {rule.name} has no frozen step; {sorted(_CANONICAL)} do. Extrapolate the trajectory instead: "
+            f"koopman.extrapolate(H, ahead)."
+        )
+
+
+def duals(dynamics: Dynamics, point: Point) -> dict[str, Dual]:
+    """{hyperparameter of the optimizer: value (n,) and derivative (q, n) along the coordinates of phi}."""
+    n, q = len(dynamics.groups), dynamics.phi.size
+    out = {}
+    for name in dynamics.rule.defaults:
+        if name in point.values:
+            seed = point.seeds[name]
+            seed = seed if seed.ndim == 2 else seed[:, None]
+            out[name] = Dual(np.broadcast_to(point.values[name], (n,)), np.broadcast_to(seed, (q, n)))
+        else:
+            out[name] = Dual(dynamics.fixed[name], np.zeros((q, n)))
+    return out
+
+
+def coefficients(dynamics: Dynamics, space: Space, t: int) -> Coefficients:
+    """Of step t, counting from 0."""
+    rule = dynamics.rule
+    values = duals(dynamics, space.at(dynamics.phi, t))
+    rows = _CANONICAL[rule.name](*(rule.row(i, values, t + 1) for i in range(len(rule.rows))))
+    return Coefficients(np.array([r.x for r in rows]), np.array([r.dx for r in rows]))
+
+
+def _between(a: Coefficients, b: Coefficients) -> Coefficients:
+    return Coefficients((a.c + b.c) / 2, (a.dc + b.dc) / 2)
+
+
+def pieces(dynamics: Dynamics, space: Space, t: int, steps: int) -> list[Piece]:
+    """Steps t to t + steps in runs of equal coefficients: every step of a schedule is read (of a long one, evenly
+    spaced ones), Adam's bias corrections at distances of a sixteenth of the steps taken."""
+    if space.scheduled:
+        cuts = np.unique(np.linspace(0, steps, min(steps, MOST_PIECES) + 1).astype(np.int64))
+    else:
+        marks = [0, min(1, steps)]
+        while dynamics.rule.timed and dynamics.rule.settled is None and marks[-1] < steps:
+            marks.append(min(steps, marks[-1] + max(1, (t + marks[-1]) // 16)))
+        cuts = np.unique([*marks, steps])
+    out: list[Piece] = []
+    for a, b in pairwise(cuts):
+        at = _between(coefficients(dynamics, space, t + int(a)), coefficients(dynamics, space, t + int(b) - 1))
+        if out and all(map(np.array_equal, at, out[-1].at)):
+            out[-1] = Piece(at, out[-1].steps + int(b - a))
+        else:
+            out.append(Piece(at, int(b - a)))
+    return out
+
+
+class Small(NamedTuple):
+    """The frozen run in the basis: leading dimensions (...) are independent runs."""
+
+    T: Array  # (..., m, m) curvature
+    b: Array  # (..., m) gradient at the start
+    G: Array  # (..., n, m, m) masks of the groups
+    D: Array  # (..., n, m, m) masks times the preconditioner
+    P: Array  # (..., n, m) scaled parameters of each group: what coupled decay adds
+    Y: Array  # (..., n, m) parameters over the scale: what decoupled decay takes
+    rate: Array  # (n,) reference rate, which the scale holds
+    nesterov: bool
+    inside: bool  # whether the preconditioner acts before the momentum (rmsprop)
+
+
+def _mix(c: Array, G: Array) -> Array:
+    """sum_g c_g G_g."""
+    return np.einsum("g,...gab->...ab", c, G)
+
+
+def step(small: Small, c: Array) -> tuple[Array, Array]:
+    """The step as a matrix A (..., 2m+1, 2m+1) on (x, w, 1), and J (..., 2m, m), what it makes of a change of d."""
+    m = small.T.shape[-1]
+    eye = np.eye(m)
+    mu, keep, rate = _mix(c[MU], small.G), _mix(c[KEEP], small.G), _mix(c[RATE] / small.rate, small.G)
+    turn = eye + _mix(c[SHRINK], small.D)
+    if small.inside:
+        keep, out = turn @ keep, rate
+    else:
+        out = rate @ turn
+    total = small.T + _mix(c[WD] * small.rate, small.D)
+    b = small.b + np.einsum("g,...ga->...a", c[WD], small.P)
+    J = np.concatenate([-out @ (eye + mu @ keep if small.nesterov else keep), keep], axis=-2)
+    A = np.zeros((*total.shape[:-2], 2 * m + 1, 2 * m + 1), J.dtype)
+    A[..., : 2 * m, :m] = J @ total
+    A[..., :m, :m] += eye - _mix(c[DECAY], small.G)
+    A[..., :m, m : 2 * m] = -out @ (mu @ mu if small.nesterov else mu)
+    A[..., m : 2 * m, m : 2 * m] = mu
+    A[..., : 2 * m, 2 * m] = np.einsum("...ab,...b->...a", J, b)
+    A[..., :m, 2 * m] -= np.einsum("g,...ga->...a", c[DECAY], small.Y)
+    A[..., 2 * m, 2 * m] = 1
+    return A, J
+
+
+def along(f: Callable[[Array], Any], at: Coefficients) -> list[Any]:
+    """[df / dphi_j], j < q, of an analytic function of the coefficients, by complex steps: exact to rounding."""
+    return [f(at.c + 1j * COMPLEX_STEP * at.dc[:, j]).imag / COMPLEX_STEP for j in range(at.dc.shape[1])]
+
+
+def ceiling(at: Coefficients, small: Small) -> float:
+    """Largest eigenvalue of `T + W` at which the frozen step does not grow."""
+    mu = float(at.c[MU].max())
+    gain = float((at.c[RATE] / small.rate).max() * at.c[KEEP].max())
+    return 2 * (1 + mu) / ((1 + 2 * mu if small.nesterov else 1.0) * gain)
+
+
+def floor(at: Coefficients, small: Small, rate: float) -> float:
+    """Negative curvature, as a positive number, at which the frozen step grows by `rate` (its exponent), roughly."""
+    mu = float(at.c[MU].max())
+    gain = float((at.c[RATE] / small.rate).max() * at.c[KEEP].max())
+    return rate * (1 - mu) / gain

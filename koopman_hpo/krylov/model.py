@@ -1,0 +1,75 @@
+"""The run's model at fixed batches, in float64, with a count of what it was asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..engine import Dynamics
+from ..hyperparameters import Space
+from ..problem import Array
+
+
+class Model:
+    """Gradient, Hessian products and mixed derivative of the inner loss, and the outer loss, anywhere.
+
+    Attributes:
+      eps: of the model's arithmetic.
+      gradients, hvps, mixeds, outers: products so far: gradients, Hessian-vector products, mixed derivatives (q rows
+        each), outer gradients and outer Hessian-vector products.
+    """
+
+    def __init__(self, dynamics: Dynamics, space: Space, train_batch: Any, hvp_batch: Any, val_batch: Any):
+        self.dynamics, self.space = dynamics, space
+        self._train, self._hvp, self._val = train_batch, hvp_batch, val_batch
+        self._dtype = dynamics.state.theta.dtype
+        self.eps = float(np.finfo(self._dtype).eps)
+        self._loss = set(dynamics.loss_names)
+        self.gradients = self.hvps = self.mixeds = self.outers = 0
+
+    def _at(self, theta: Array, t: int) -> tuple[Array, Any]:
+        return theta.astype(self._dtype), self.space.at(self.dynamics.phi, t)
+
+    def _grads(self, theta: Array, V: Array, t: int, batch: Any) -> Any:
+        at, point = self._at(theta, t)
+        still = {n: np.zeros((len(V), *point.seeds[n].shape[1:])) for n in self._loss}
+        return self.dynamics.grads(at, point, np.ascontiguousarray(V, self._dtype), still, batch)[1]
+
+    def gradient(self, theta: Array, t: int, batch: Any = None) -> Array:
+        """(p,) of the inner loss, on a batch of its own if given."""
+        self.gradients += 1
+        return self._grads(theta, np.empty((0, theta.size)), t, self._train if batch is None else batch).g.astype(
+            np.float64
+        )
+
+    def hvp(self, theta: Array, V: Array, t: int) -> Array:
+        """(n, p) Hessian of the inner loss times each row of V."""
+        self.hvps += len(V)
+        return self._grads(theta, V, t, self._hvp).dG.astype(np.float64)
+
+    def mixed(self, theta: Array, t: int) -> Array:
+        """(q, p) derivative of the inner gradient along the coordinates of phi, through the loss's hyperparameters."""
+        self.mixeds += 1
+        at, point = self._at(theta, t)
+        seeds = {n: point.seeds[n] for n in self._loss}
+        still = np.zeros((self.space.q, theta.size), self._dtype)
+        return self.dynamics.grads(at, point, still, seeds, self._train)[1].dG.astype(np.float64)
+
+    def outer(self, theta: Array, t: int) -> tuple[Array, Array]:
+        """Outer gradient (p,), and the outer loss's direct derivative (q,) along phi."""
+        self.outers += 1
+        at, point = self._at(theta, t)
+        _, dE, direct = self.dynamics.outer(at, point, self._val)
+        h = np.zeros(self.space.q)
+        for name, d in direct.items():
+            seed = point.seeds[name]
+            h += seed @ d if seed.ndim == 2 else seed * d
+        return dE.astype(np.float64), h
+
+    def outer_hvp(self, theta: Array, V: Array, t: int) -> Array:
+        """(n, p) Hessian of the outer loss times each row of V."""
+        self.outers += len(V)
+        at, point = self._at(theta, t)
+        V = np.ascontiguousarray(V, self._dtype)
+        return self.dynamics.outer_hvp(at, point, V, self._val).astype(np.float64)

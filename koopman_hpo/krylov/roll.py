@@ -1,0 +1,166 @@
+"""Stages one after the other: the state to the horizon, the adjoint back."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..problem import Array
+from . import stage as stages
+from .basis import Basis
+from .frozen import duals
+from .model import Model
+from .stage import Adjoint, Path, Stage, State
+
+FORWARD = 0.6  # share of the columns that the parameters get; the adjoint gets the rest
+RATIO = 1.6  # of a stage's length to that of the one before, as planned
+GROWTH = (0.5, 2.5)  # bounds of that ratio as the defects ask for it
+MIXED = 1e-2  # share of the mixed derivative's change along a stage that may be left out
+RECYCLED = 3  # leading tangents that join the first stage's space
+TRUST = 0.04  # defect of a stage that is as large as it should be
+ASTRAY = 0.1  # defect beyond which a stage is cut short
+CUTS = 3  # how often it may be halved
+
+
+class Rolled(NamedTuple):
+    """Training, rolled to the horizon."""
+
+    stages: list[tuple[Stage, Path]]
+    defects: list[float]  # of each stage
+    end: State
+
+
+def first(steps: int, count: int) -> int:
+    """Steps of the first of `count` stages, each `RATIO` times as long as the one before, `steps` together."""
+    return max(1, round(steps * (RATIO - 1) / (RATIO**count - 1)))
+
+
+def split(columns: int, p: int) -> tuple[int, int]:
+    """Columns for the parameters and for the adjoint; all of p for both, where there are so many."""
+    return (p, p) if columns >= p else (max(1, round(FORWARD * columns)), columns - max(1, round(FORWARD * columns)))
+
+
+def leading(Z: Array, most: int) -> Array:
+    """(<= most, p) the directions in which tangents (q, p) of unit length mostly lie."""
+    size = np.linalg.norm(Z, axis=1)
+    Z = Z[size > 0] / size[size > 0, None]
+    if len(Z) <= most:
+        return Z
+    return np.linalg.eigh(Z @ Z.T)[1][:, : -most - 1 : -1].T @ Z
+
+
+def state(model: Model) -> State:
+    """Where the run stands, in float64."""
+    theta, slots = (a.astype(np.float64) for a in model.dynamics.state[:2])
+    t, rule = model.dynamics.t, model.dynamics.rule
+    if rule.name == "sgd":
+        return State(theta, slots[0], None, None, t)
+    if rule.name == "rmsprop":
+        return State(theta, slots[2], slots[0], slots[1] if rule.flag else None, t)
+    return State(theta, slots[0], slots[1], None, t)
+
+
+def forward(model: Model, steps: int, count: int, columns: int, midpoint: bool, variance: Array | float) -> Rolled:
+    """The run, `steps` inner steps ahead, in about `count` stages, twice that at most: a stage that ends where its frozen
+    gradient is far from the true one is cut short, and where it is near the next is longer.
+
+    variance: (p,) of the gradient of one batch around the mean gradient.
+    """
+    share, _ = split(columns, model.dynamics.state.theta.size)
+    here, defects = state(model), []
+    out: list[tuple[Stage, Path]] = []
+    recycled = leading(model.dynamics.state.Z.astype(np.float64), RECYCLED)
+    gradient, ahead, k, left = model.gradient(here.theta, here.t), None, first(steps, count), steps
+    while left:
+        k = left if len(out) + 1 == 2 * count or 1.25 * k > left else k
+        centre = ahead(k // 2) if ahead is not None else here.theta
+        stage = stages.begin(here, k, model, gradient, centre, recycled, share)
+        stage, way, there, gradient, defect = _trusted(stage, model, CUTS if len(out) + 1 < 2 * count else 0)
+        out.append((stage, way))
+        defects.append(defect)
+        ahead = partial(_beyond, stage, way) if midpoint and defect < ASTRAY else None
+        recycled = (there.theta - here.theta)[None]
+        here = squared(stage, there, gradient, model, variance)
+        left -= stage.steps
+        k = max(1, int(stage.steps * np.clip(np.sqrt(TRUST / max(defect, 1e-12)), *GROWTH)))
+    return Rolled(out, defects, here)
+
+
+def _trusted(stage: Stage, model: Model, cuts: int) -> tuple[Stage, Path, State, Array, float]:
+    """The stage, halved while its end is astray: with its products as they are, for a gradient each time."""
+    while True:
+        way = stages.path(stage, model, stage.basis)
+        there = stages.end(stage, way)
+        gradient = model.gradient(there.theta, there.t)
+        defect = stages.defect(stage, way, gradient)
+        if defect <= ASTRAY or not cuts or stage.steps < 2:
+            if not np.isfinite(defect):
+                raise np.linalg.LinAlgError("its gradient is not finite")
+            return stage, way, there, gradient, defect
+        cuts -= 1
+        stage = stages.shorter(stage, model, stage.steps // 2)
+
+
+def _beyond(stage: Stage, way: Path, steps: int) -> Array:
+    """(p,) the parameters some steps after the stage's end, if it went on."""
+    return stages.where(stage, way, stage.steps + steps)
+
+
+def squared(before: Stage, here: State, gradient: Array, model: Model, variance: Array | float) -> State:
+    """The state with its moving averages of the gradient and its square: those of the stage's two ends, averaged."""
+    if here.square is None:
+        return here
+    dynamics = model.dynamics
+    values = duals(dynamics, model.space.at(dynamics.phi, here.t))
+    wd = 0.0 if dynamics.rule.name == "adamw" else stages.spread(values["weight_decay"].x, model)
+    name = "alpha" if dynamics.rule.name == "rmsprop" else "beta2"
+    kept = stages.spread(values[name].x, model) ** before.steps
+    d0, d1 = before.gradient + wd * before.start.theta, gradient + wd * here.theta
+    square = kept * here.square + (1 - kept) * ((d0**2 + d0 * d1 + d1**2) / 3 + variance)
+    mean = None if here.mean is None else kept * here.mean + (1 - kept) * (d0 + d1) / 2
+    return here._replace(square=square, mean=mean)
+
+
+def backward(model: Model, rolled: Rolled, columns: int) -> tuple[Array, Array, list[Path]]:
+    """(q,) the outer loss's derivative at the horizon, through all that happens after now and all that happened before; the
+    same from fewer columns, at no product more; and each stage's way in its final basis."""
+    p = model.dynamics.state.theta.size
+    tolerance = 0.0 if columns >= p else MIXED
+    dE, direct = model.outer(rolled.end.theta, rolled.end.t)
+    h, fewer = direct.copy(), direct.copy()
+    adjoint = rough = Adjoint(dE, np.zeros(p))
+    paths = []
+    for stage, _ in reversed(rolled.stages):
+        basis = stages.grown(stage, model, adjoint, split(columns, p)[1])
+        way = stages.path(stage, model, basis)
+        before, optimizer, D = stages.back(stage, model, way, basis, adjoint)
+        part = thinned(basis, len(stage.basis.Q))
+        coarse = stages.path(stage, model, part)
+        rough, optimizer_fewer, _ = stages.back(stage, model, coarse, part, rough)
+        loss = stages.mixed(stage, model, way, basis, D, tolerance) if model.dynamics.loss_names else 0.0
+        h, fewer, adjoint = h + optimizer + loss, fewer + optimizer_fewer + loss, before
+        paths.append(way)
+    return h + past(model, adjoint), fewer + past(model, rough), paths[::-1]
+
+
+def thinned(basis: Basis, own: int) -> Basis:
+    """The basis without the last quarter of its first `own` columns and of the others: what one level less would give."""
+    m = len(basis.Q)
+    keep = np.r_[0 : own - own // 4, own : m - (m - own) // 4]
+    return Basis(basis.Q[keep], basis.image[keep])
+
+
+def variance(model: Model, batches: list[Any]) -> Array:
+    """(p,) of the batches' gradients around their mean."""
+    here = state(model)
+    return np.var([model.gradient(here.theta, here.t, batch) for batch in batches], axis=0, ddof=min(1, len(batches) - 1))
+
+
+def past(model: Model, adjoint: Adjoint) -> Array:
+    """(q,) what the run's tangents bring along."""
+    dynamics = model.dynamics
+    slot = 2 if dynamics.rule.name == "rmsprop" else 0
+    h = dynamics.state.Z @ adjoint.theta + dynamics.state.dslots[slot] @ adjoint.momentum
+    return h if dynamics.directions is None else h @ dynamics.directions / len(dynamics.directions)

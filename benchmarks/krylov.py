@@ -1,0 +1,265 @@
+"""The model-based operator against the exact hypergradient at the horizon, affine DMD, and the window's last value.
+
+    python benchmarks/krylov.py [--groups full mini noisy adam kmnist] [--data DIR] [--output FILE] [--image FILE]
+
+A window is 50 inner steps after 0, 100 or 400 of plain training, its tangents begun anew; the horizon is step 1,000; the
+truth is the same run's hypergradient there.  Digits: softmax regression and an MLP 64-32-10, 800 training and 500
+validation images, three learning rates, three seeds.  Groups: full batch; batches of 32; the same with 20 % random labels;
+Adam, full batch and batches of 32; KMNIST pooled to 14x14, MLP 196-64-10, batches of 64.
+
+Errors are norms relative to the truth's.  One thread; cost is the median of calls that alternate with the window's own 50
+steps, tangents and hypergradients included, divided by the median of those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from koopman import cpu, on_one_thread, versions
+from koopman_hpo_adapters.numpy import mlp, softmax_regression
+
+from koopman_hpo import Space, inner, koopman, log, logit
+from koopman_hpo.krylov import estimate
+
+WINDOW, HORIZON, STARTS, SEEDS = 50, 1000, (0, 100, 400), (0, 1, 2)
+GROUPS = ("full", "mini", "noisy", "adam", "kmnist")
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, and where its windows lie."""
+
+    group: str
+    model: str  # "softmax", "mlp" or "kmnist"
+    lr: float
+    seed: int
+    size: int | None = None  # of a batch, None for full batch
+    noise: float = 0.0  # share of random labels
+    optimizer: str = "sgd"
+
+
+def plan(group: str) -> list[Run]:
+    """The runs of a group."""
+    if group == "kmnist":
+        return [Run(group, "kmnist", lr, seed, 64) for lr in (0.003, 0.02) for seed in (0, 1)]
+    if group == "adam":
+        rates = (3e-4, 1e-3, 3e-3)
+        return [Run(group, "mlp", r, s, size, optimizer="adam") for size in (None, 32) for r in rates for s in SEEDS[:2]]
+    size, noise = {"full": (None, 0.0), "mini": (32, 0.0), "noisy": (32, 0.2)}[group]
+    return [Run(group, m, lr, s, size, noise) for m in ("softmax", "mlp") for lr in (0.003, 0.02, 0.1) for s in SEEDS]
+
+
+def digits(seed: int, noise: float) -> tuple[Any, Any]:
+    """800 training images, a share of their labels random, and 500 validation images."""
+    from sklearn.datasets import load_digits
+
+    X, y = load_digits(return_X_y=True)
+    return split((X - X.mean()) / X.std(), y, seed, noise, 800)
+
+
+def kmnist(folder: str, seed: int) -> tuple[Any, Any]:
+    """2,000 training images, pooled to 14x14, and 500 validation images."""
+    X, y = (np.load(pathlib.Path(folder) / f"kmnist-test-{k}.npz")["arr_0"] for k in ("imgs", "labels"))
+    X = X.reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4)).reshape(-1, 196) / 255.0
+    return split((X - X.mean()) / X.std(), y.astype(int), seed, 0.0, 2000)
+
+
+def split(X: np.ndarray, y: np.ndarray, seed: int, noise: float, n: int) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(X))
+    train, val, labels = order[:n], order[n : n + 500], y[order[:n]].copy()
+    wrong = rng.random(n) < noise
+    labels[wrong] = rng.integers(0, 10, wrong.sum())
+    return (X[train], labels), (X[val], y[val])
+
+
+def start(run: Run) -> Any:
+    model = {
+        "softmax": lambda: softmax_regression(64, 10, seed=run.seed),
+        "mlp": lambda: mlp((64, 32, 10), seed=run.seed),
+        "kmnist": lambda: mlp((196, 64, 10), seed=run.seed),
+    }[run.model]()
+    name = "beta1" if run.optimizer == "adam" else "momentum"
+    space = Space(**{"lr": log(run.lr), name: logit(0.9), "weight_decay": log(1e-3)})
+    return getattr(inner, run.optimizer)(model, space)
+
+
+def batches(train: Any, size: int | None, seed: int) -> Callable[[int], Any]:
+    """The batch of a step: an epoch is drawn without replacement."""
+    X, y = train
+    if size is None:
+        return lambda t: train
+
+    def batch(t: int) -> Any:
+        epoch, k = divmod(t, len(y) // size)
+        order = np.random.default_rng((seed, epoch)).permutation(len(y))[k * size : (k + 1) * size]
+        return X[order], y[order]
+
+    return batch
+
+
+def windows(run: Run, folder: str) -> list[dict[str, Any]]:
+    """Each window's truth, its estimates, and their cost."""
+    train, val = kmnist(folder, run.seed) if run.model == "kmnist" else digits(run.seed, run.noise)
+    batch = batches(train, run.size, run.seed)
+    return [one(run, begun, train, val, batch) for begun in STARTS]
+
+
+def one(run: Run, begun: int, train: Any, val: Any, batch: Callable[[int], Any]) -> dict[str, Any]:
+    r = start(run)
+    phi, ahead = r.space.phi0, HORIZON - WINDOW - begun
+    for t in range(begun):
+        r.step(phi, batch(t), tangents=False)
+    before, steps = r.snapshot(), [batch(t) for t in range(begun, begun + WINDOW)]
+    noise: dict[str, Any] = {}
+    if run.size is not None:
+        epoch = [batch(t) for t in range(len(train[1]) // run.size)]
+        noise = {"batches": epoch} | ({"noise": "epoch"} if run.optimizer == "sgd" else {})
+    took: dict[str, list[float]] = {"window": [], "krylov": []}
+    for _ in range(ROUNDS):
+        r.restore(before)
+        clock = time.perf_counter()
+        _, H = r.run(phi, steps, val)
+        took["window"].append(time.perf_counter() - clock)
+        clock = time.perf_counter()
+        found = estimate(r, train, val, ahead, **noise)
+        took["krylov"].append(time.perf_counter() - clock)
+    plain = estimate(r, train, val, ahead) if "noise" in noise else found
+    for t in range(begun + WINDOW, HORIZON):
+        r.step(phi, batch(t))
+    values = {
+        "true": r.hypergradient(val).grad,
+        "krylov": found.estimate,
+        "plain": plain.estimate,
+        "affine": koopman.extrapolate(H, ahead, method="affine", gate=np.inf).value,
+        "last": H[-1],
+    }
+    return (
+        asdict(run)
+        | {name: value.tolist() for name, value in values.items()}
+        | {
+            "begun": begun,
+            "accepted": found.accepted,
+            "deviation": found.deviation,
+            "noise_share": found.noise_share,
+            "stages": len(found.stages),
+            "hvps": found.hvps,
+            "cost": float(np.median(took["krylov"]) / np.median(took["window"])),
+        }
+    )
+
+
+METHODS = ("krylov", "plain", "affine", "last")
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians and shares over windows."""
+    true = np.array([row["true"] for row in rows])
+    size = np.linalg.norm(true, axis=1)
+    error = {m: np.linalg.norm(np.array([row[m] for row in rows]) - true, axis=1) / size for m in METHODS}
+    cosine = lambda m: np.array([np.dot(row[m], row["true"]) for row in rows]) / size
+    taken = np.array([row["accepted"] for row in rows])
+    doubt = np.array([row["deviation"] for row in rows])
+    share = lambda x: float(np.mean(x)) if np.size(x) else None
+    middle = lambda x: float(np.median(x)) if len(x) else None
+    return {
+        "windows": len(rows),
+        "error": {m: middle(e) for m, e in error.items()},
+        "sign": {m: share(np.sign([row[m] for row in rows]) == np.sign(true)) for m in METHODS},
+        "wins_against_affine": share(error["krylov"] < error["affine"]),
+        "wins_against_last": share(error["krylov"] < error["last"]),
+        "accepted": share(taken),
+        "error_accepted": middle(error["krylov"][taken]),
+        "error_accepted_last": middle(error["last"][taken]),
+        "sign_accepted": share(np.sign(np.array([row["krylov"] for row in rows])[taken]) == np.sign(true[taken])),
+        "backwards_accepted": int(np.sum(cosine("krylov")[taken] <= 0)),
+        "covered_once": share(error["krylov"] < doubt),
+        "covered_twice": share(error["krylov"] < 2 * doubt),
+        "cost_in_windows": middle([row["cost"] for row in rows]),
+        "hvps": middle([row["hvps"] for row in rows]),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Summaries by group, and by model, batch and learning rate within each."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        batch = "full batch" if row["size"] is None else f"batch {row['size']}"
+        group = f"{row['group']}, {batch}" if row["group"] == "adam" else row["group"]
+        for name in (group, f"{group}: {row['model']}", f"{group}: lr {row['lr']:g}", f"{group}: begun at {row['begun']}"):
+            parts.setdefault(name, []).append(row)
+    return {name: summary(part) for name, part in sorted(parts.items())}
+
+
+def show(found: dict[str, dict[str, Any]]) -> None:
+    heads = ("krylov", "plain", "affine", "last", "sign", "wins", "taken", "error", "2x", "cost")
+    print(f"{'':26} {'n':>4} " + " ".join(f"{h:>8}" for h in heads))
+    for name, s in found.items():
+        e = s["error"]
+        accepted = np.nan if s["error_accepted"] is None else s["error_accepted"]
+        print(
+            f"{name:26} {s['windows']:4} {e['krylov']:8.4f} {e['plain']:8.4f} {e['affine']:8.3f} {e['last']:8.3f} "
+            f"{s['sign']['krylov']:8.2f} {s['wins_against_affine']:8.2f} {s['accepted']:8.2f} {accepted:8.4f} "
+            f"{s['covered_twice']:8.2f} {s['cost_in_windows']:8.2f}"
+        )
+
+
+def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Predicted against true d loss / d log lr at the horizon."""
+    from koopman_hpo_adapters.plot import BLUE, GREY, ORANGE, STYLE
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        fig = Figure(figsize=(9.2, 3.6), layout="constrained")
+        for ax, group in zip(fig.subplots(1, 2), ("full", "mini"), strict=True):
+            part = [row for row in rows if row["group"] == group]
+            ax.axline((0, 0), slope=1, color=GREY, lw=0.8)
+            for method, colour, label in (("last", ORANGE, "last value"), ("krylov", BLUE, "krylov")):
+                x, y = (np.array([row[m][0] for row in part]) for m in ("true", method))
+                ax.plot(x, y, "o", color=colour, ms=4.5, mec="white", mew=0.5, ls="", label=label)
+            ax.set_xscale("symlog", linthresh=1e-3)
+            ax.set_yscale("symlog", linthresh=1e-3)
+            ax.set(xlabel="true, at step 1,000", title={"full": "full batch", "mini": "batches of 32"}[group])
+        fig.axes[0].set_ylabel("∂ validation loss / ∂ log lr, predicted")
+        fig.axes[0].legend(loc="upper left")
+        fig.savefig(path, dpi=200)
+
+
+def main() -> None:
+    on_one_thread()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = pathlib.Path(__file__).parent
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=[g for g in GROUPS if g != "kmnist"])
+    parser.add_argument("--data", default="../shared/data", help="folder with the KMNIST test set (.npz)")
+    parser.add_argument("--output", type=pathlib.Path, default=here / "results" / "krylov.json")
+    parser.add_argument("--image", type=pathlib.Path, help="where to draw the figure of docs/krylov.md")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer for a quick look")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for group in arguments.groups:
+            for run in plan(group):
+                if run.seed < arguments.seeds:
+                    rows += windows(run, arguments.data)
+    found = table(rows)
+    show(found)
+    record = {"cpu": cpu(), "versions": versions(), "window": WINDOW, "horizon": HORIZON, "table": found, "rows": rows}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(record) + "\n")
+    if arguments.image:
+        draw(rows, arguments.image)
+
+
+if __name__ == "__main__":
+    main()

@@ -224,9 +224,12 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         for ax, group in zip(fig.subplots(1, 2), ("full", "mini"), strict=True):
             part = [row for row in rows if row["group"] == group]
             ax.axline((0, 0), slope=1, color=GREY, lw=0.8)
-            for method, colour, label in (("last", ORANGE, "last value"), ("krylov", BLUE, "krylov")):
-                x, y = (np.array([row[m][0] for row in part]) for m in ("true", method))
-                ax.plot(x, y, "o", color=colour, ms=4.5, mec="white", mew=0.5, ls="", label=label)
+            dots = lambda method, rows, label, ax=ax, **look: ax.plot(
+                [r["true"][0] for r in rows], [r[method][0] for r in rows], "o", ms=4.5, ls="", label=label, **look
+            )
+            dots("last", part, "last value", color=ORANGE, mec="white", mew=0.5)
+            dots("krylov", [r for r in part if r["accepted"]], "krylov", color=BLUE, mec="white", mew=0.5)
+            dots("krylov", [r for r in part if not r["accepted"]], "krylov, not accepted", color="none", mec=BLUE, mew=0.9)
             ax.set_xscale("symlog", linthresh=1e-3)
             ax.set_yscale("symlog", linthresh=1e-3)
             ax.set(xlabel="true, at step 1,000", title={"full": "full batch", "mini": "batches of 32"}[group])

@@ -88,7 +88,7 @@ def estimate(
       noise: "epoch": add what the noise of `batches`, one epoch drawn without replacement, does at the horizon;
         "independent": of independent batches; None: the same batch at every step.
       batches: list of mini-batches; also tells the frozen second moments of adam and rmsprop their noise.
-      hvp_batch: for Hessian-vector products only, default train_batch; about 256 examples serve.
+      hvp_batch: for Hessian-vector products only, default train_batch. In full batch a part of it costs accuracy.
       samples, depth: batches that the noise term follows, and the columns of each.
       gate: accepted if the estimated error is below this share of the estimate (root mean squares).
       seed: of the choice of the samples.

@@ -11,6 +11,11 @@ import numpy as np
 from .errors import ShapeError
 
 
+def several(batches: Any) -> bool:
+    """Whether these are batches to go through, and not one batch that was passed by mistake."""
+    return isinstance(batches, Iterable) and not isinstance(batches, tuple | dict | str | bytes | np.ndarray)
+
+
 def source(call: str, name: str, batches: Any) -> Callable[[int], Any]:
     """Batches by number, from a callable, a list or an iterable."""
     if callable(batches) and not isinstance(batches, Iterable):
@@ -19,7 +24,7 @@ def source(call: str, name: str, batches: Any) -> Callable[[int], Any]:
         if not batches:
             raise ShapeError(f"{call}: {name} is empty; give at least one batch.")
         return lambda n: batches[n % len(batches)]
-    if isinstance(batches, tuple | dict | str | np.ndarray) or not isinstance(batches, Iterable):
+    if not several(batches):
         raise ShapeError(
             f"{call}: {name} must be a list of batches, an iterable of batches, or a function of the step, got "
             f"{type(batches).__name__}. For one batch used at every step write [batch]."

@@ -7,6 +7,7 @@ stays where it lives, until it is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class Host:
         tangent.assign(state, source)
 
     def forget(self, state: TangentState, rho: float) -> None:
-        tangent.forget(state, rho)
+        tangent.forget(state, rho, for_device(self.name).scale)
 
     def project(self, state: TangentState, dE_dtheta: Array) -> Array:
         """(q,) float64 on the host: `Z dE_dtheta`."""
@@ -132,8 +133,7 @@ class Card:
             self.write(into, out)
 
     def forget(self, state: TangentState, rho: float) -> None:
-        for tangents in (state.Z, state.dslots):
-            self._kernels.scale(tangents, rho, stream=self._on())
+        tangent.forget(state, rho, partial(self._kernels.scale, stream=self._on()))
 
     def project(self, state: TangentState, dE_dtheta: Any) -> Array:
         return self._product(state.Z, dE_dtheta)

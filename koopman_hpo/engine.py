@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import checks, devices, snapshots, tangent
+from .batches import several
 from .errors import AdapterError, HyperparameterError, ShapeError, nearest
 from .hyperparameters import Point, Space
 from .kernels.arrays import Coefficients, Grads, TangentState
@@ -192,7 +193,7 @@ class CoreInner:
           losses (n,) before each step, and the trajectory H (n // every, q).
         """
         every = checks.count("inner.run", "every", every) or 1
-        if isinstance(batches, tuple | dict | str | bytes | np.ndarray) or not isinstance(batches, Iterable):
+        if not several(batches):
             raise ShapeError(f"inner.run: batches must be a list or an iterator of batches, got {type(batches).__name__}.")
         losses, H = [], []
         for n, batch in enumerate(batches, 1):

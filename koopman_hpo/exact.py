@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .batches import several
 from .errors import HyperparameterError, ShapeError, number, whole
 from .inner import Inner, require
 from .problem import Array, Hypergradient
@@ -29,7 +30,7 @@ def _kept(run: Inner) -> Iterator[None]:
 
 def _listed(call: str, batches: Iterable[Any]) -> list[Any]:
     """The batches as a list: a batch itself, passed by mistake, is refused rather than iterated."""
-    if isinstance(batches, tuple | dict | str | bytes | np.ndarray) or not isinstance(batches, Iterable):
+    if not several(batches):
         raise ShapeError(
             f"{call}: batches must be a list or an iterator of batches, one an inner step, got "
             f"{type(batches).__name__}. For T steps on one batch write [batch] * T."

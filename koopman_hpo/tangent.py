@@ -45,13 +45,10 @@ def hypergradient(state: TangentState, dE_dtheta: NDArray) -> NDArray:
     return state.Z @ dE_dtheta
 
 
-def forget(state: TangentState, rho: float) -> None:
-    """Scale every tangent by rho, in place: 1 keeps the whole past, 0 starts again."""
+def forget(state: TangentState, rho: float, scale: Callable[..., None]) -> None:
+    """Scale every tangent by rho, in place, with a kernel: 1 keeps the whole past, 0 starts again."""
     for tangents in (state.Z, state.dslots):
-        if rho == 0:
-            tangents[...] = 0  # also where the past is not finite
-        else:
-            np.multiply(tangents, tangents.dtype.type(rho), out=tangents)
+        scale(tangents, rho)
 
 
 def assign(state: TangentState, source: TangentState) -> None:

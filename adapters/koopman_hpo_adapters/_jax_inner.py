@@ -13,7 +13,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpy.typing import ArrayLike, NDArray
 
-from koopman_hpo import checks
+from koopman_hpo import checks, snapshots
 from koopman_hpo.errors import AdapterError, HyperparameterError, ShapeError
 from koopman_hpo.hyperparameters import Space
 from koopman_hpo.problem import Array, Hypergradient, Linearisation
@@ -257,14 +257,7 @@ class JaxInner:
         Raises:
           ShapeError: it lacks an array or holds one of another shape or dtype; the run is then as before.
         """
-        for name, array in self.snapshot().items():
-            got = snapshot.get(name)
-            if got is None or got.shape != array.shape or got.dtype != array.dtype:
-                came = "nothing" if got is None else f"{got.shape} of {got.dtype}"
-                raise ShapeError(
-                    f"jax.inner.restore: {name} must be {array.shape} of {array.dtype}, got {came}. The snapshot belongs "
-                    f"to another model, space or optimizer."
-                )
+        snapshots.check("jax.inner.restore", snapshot, self.snapshot())
         state, Z = self.carry
         state = [loaded(snapshot[f"state/{i}"], x) for i, x in enumerate(state)]
         Z = [None if z is None else loaded(snapshot[f"Z/{i}"], z) for i, z in enumerate(Z)]

@@ -247,23 +247,28 @@ class Tuner:
         elif (w.length - w.done) % self.spacing(w.length) == 0:  # counted from the end, so evenly spaced up to it
             found = self.inner.hypergradient(val_batch)
             s = s._replace(window=w._replace(H=(*w.H, found.grad)))
-            outcome = closing.close(self, s, found.value) if w.done == w.length else None
-            if np.isfinite(found.grad).all():
-                self.history.observe(s.used, found.grad)
-            if outcome is None:
-                self.state = s
+            if w.done == w.length:
+                self._commit(closing.close(self, s, found.value), found.grad)
             else:
-                self._commit(outcome)
+                self._observe(s.used, found.grad)
+                self.state = s
         else:
             self.state = s
         return loss
 
-    def _commit(self, outcome: closing.Outcome) -> None:
-        """A window's end comes to pass: the run first, which may refuse, then what cannot fail; the callbacks look on."""
+    def _observe(self, used: int, h: Array) -> None:
+        if np.isfinite(h).all():
+            self.history.observe(used, h)
+
+    def _commit(self, outcome: closing.Outcome, h: Array | None = None) -> None:
+        """A window's end, with the hypergradient found there, comes to pass: the run first, which may refuse, then what
+        cannot fail; the callbacks look on."""
         if outcome.kept is None:
             begin_again(self.inner, outcome.start)
         else:
             self.inner.forget(outcome.kept)
+        if h is not None:
+            self._observe(outcome.state.used, h)
         self.history.append(outcome.record)
         self.state = outcome.state._replace(t=self.inner.t)
         for call in self.callbacks:

@@ -265,6 +265,13 @@ def test_more_columns_and_stages_are_nearer():
     assert apart(few, want) > 5 * apart(many, want)
 
 
+def test_few_columns_are_less_sure_than_all():
+    run = after(VARIANTS["momentum and decay"](), 30)
+    every, few = (estimate(run, None, None, 200, columns=n) for n in (P, 3))
+    assert apart(few.estimate, every.estimate) > 1e-3  # or there would be nothing to be unsure of
+    assert few.deviation > 10 * every.deviation
+
+
 def test_stages_are_cut_where_the_frozen_gradient_goes_astray_and_stretched_where_not():
     fast, train, val = network(lr=log(0.1), momentum=logit(0.9))
     found = estimate(after(fast, 10, train), train, val, 400, stages=2)

@@ -994,3 +994,11 @@ def test_running_statistics_of_a_model_not_given_are_refused():
     model = LAYERS["batchnorm"]().to(WIDE)
     hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",), model=None)
     bad(lambda: hopt.step(loss_of(model)), "Pass model=")
+
+
+def test_a_run_cannot_be_copied_away_from_its_model():
+    model = nn.Linear(5, 1)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    hopt = HyperOptimizer(opt, tune="lr", val_loss=lambda: model(torch.ones(1, 5)).sum(), steps=50)
+    with pytest.raises(KoopmanHPOError, match="load_state_dict"):
+        copy.deepcopy(hopt)

@@ -533,6 +533,12 @@ def test_a_run_that_fails_on_its_way_goes_on_as_if_nothing_had_been(tmp_path, st
     assert equal(resumed.fit(BATCHES, VAL), want)
 
 
+@pytest.mark.parametrize("strategy", [Local(), Glocal()])
+def test_a_run_that_refuses_to_forget_has_recorded_nothing(strategy):
+    want, cut = whole_and_interrupted(replace(strategy), lambda t: Once(t.inner, "forget", 2))
+    assert equal(cut.fit(BATCHES, VAL), want)
+
+
 def test_an_outer_optimizer_that_fails_leaves_the_window_open():
     whole, cut = make(Local()), make(Local())
     real, calls = cut.outer.update, []

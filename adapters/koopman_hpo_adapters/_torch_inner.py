@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from koopman_hpo import Hypergradient, Problem, ShapeError, Space
+from koopman_hpo import Hypergradient, Problem, Space
 from koopman_hpo.engine import CoreInner
 from koopman_hpo.errors import AdapterError
 from koopman_hpo.kernels.arrays import Coefficients
@@ -119,28 +119,33 @@ class TorchInner(CoreInner):
         self.losses.statistics.forget(float(rho))
 
     def snapshot(self) -> dict[str, NDArray]:
-        world = self.losses.world()
-        out = super().snapshot() | self.losses.statistics.snapshot() | {"counts": self.memory.counts.copy()}
-        out |= {f"random/{i}": state.numpy().copy() for i, state in enumerate(world.random)}
-        return out | {f"buffer/{n}": b.numpy().copy() for n, b in zip(self.losses.buffers(), world.buffers, strict=True)}
+        return super().snapshot() | self._own()
 
     def restore(self, snapshot: Mapping[str, NDArray]) -> None:
-        mine = {k: a for k, a in self.snapshot().items() if k == "counts" or k.partition("/")[1]}
-        for name, array in mine.items():
-            got = snapshot.get(name)
-            if got is None or got.shape != array.shape:
-                raise ShapeError(
-                    f"inner.restore: {name} must be {array.shape}, got {'nothing' if got is None else got.shape}. The "
-                    f"snapshot belongs to another model."
-                )
         super().restore(snapshot)
         self.memory.counts[:] = snapshot["counts"]
         self.losses.statistics.restore(snapshot)
-        tensors = {k: torch.from_numpy(np.array(snapshot[k])) for k in mine}
+        tensors = {k: torch.from_numpy(np.array(snapshot[k])) for k in self._own()}
         self.losses.restore([t for k, t in tensors.items() if k.startswith("random/")], tensors)
         self._part = None
         self.memory.touched(self._t)
         self.show(self.phi)
+
+    def _like(self) -> dict[str, NDArray]:
+        return super()._like() | self._own()
+
+    def _own(self) -> dict[str, NDArray]:
+        """What a snapshot holds beside the core's: step counts, tangents of running statistics, random states, buffers."""
+        world = self.losses.world()
+        out = self.losses.statistics.snapshot() | {"counts": self.memory.counts.copy()}
+        out |= {f"random/{i}": state.numpy().copy() for i, state in enumerate(world.random)}
+        return out | {f"buffer/{n}": b.numpy().copy() for n, b in zip(self.losses.buffers(), world.buffers, strict=True)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise AdapterError(
+            "HyperOptimizer: a run lives in the memory of its model's tensors and cannot be copied. Wrap a copy of the "
+            "model and its optimizer, and give it the state: hopt.load_state_dict(state)."
+        )
 
     def _update(self, grads: Any, coefficients: Coefficients, blocks: Any, flag: bool, work: Any, state: Any) -> None:
         """The kernel, on the parameters that the step used, each at its own count of steps."""

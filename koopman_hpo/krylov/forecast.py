@@ -81,7 +81,7 @@ def estimate(
       inner: a run of the core, at the window's end, its tangents as far back as h shall count.
       train_batch: what the mean gradient is taken on: everything, or much.  val_batch: of the outer loss.
       steps: inner steps to the horizon, >= 0; 0 gives the current hypergradient.
-      columns: Krylov columns of a stage, >= 2, one Hessian-vector product each; more than p are p.
+      columns: Krylov columns of a stage, >= 3, one Hessian-vector product each; more than p are p.
       stages: how many are planned, each 1.6 times as long as the one before; where the frozen gradient goes astray they
         are shorter and up to twice as many, where it stays true longer and fewer.
       midpoint: take a stage's Hessian where its middle is expected, not at its start: costs nothing more.
@@ -111,7 +111,7 @@ def estimate(
     call = "krylov.estimate"
     frozen.check(call, inner.rule)
     steps = whole(call, "steps", steps, 0, MOST_STEPS, "Steps are inner steps from now to the horizon.")
-    columns, stages = whole(call, "columns", columns, 2), whole(call, "stages", stages, 1, 30)
+    columns, stages = whole(call, "columns", columns, 3), whole(call, "stages", stages, 1, 30)
     samples, depth = whole(call, "samples", samples, 1), whole(call, "depth", depth, 1, 100)
     seed = whole(call, "seed", seed, 0)
     gate = number(call, "gate", gate, "a number > 0", 0.0, open_low=True)

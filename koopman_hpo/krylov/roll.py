@@ -146,9 +146,11 @@ def backward(model: Model, rolled: Rolled, columns: int) -> tuple[Array, Array, 
 
 
 def thinned(basis: Basis, own: int) -> Basis:
-    """The basis without the last quarter of its first `own` columns and of the others: what one level less would give."""
+    """The basis without the last quarter of its first `own` columns and of the others, one at least where there are two:
+    what one level less would give."""
     m = len(basis.Q)
-    keep = np.r_[0 : own - own // 4, own : m - (m - own) // 4]
+    kept = lambda n: n - max(n // 4, int(n > 1))
+    keep = np.r_[0 : kept(own), own : own + kept(m - own)]
     return Basis(basis.Q[keep], basis.image[keep])
 
 

@@ -182,6 +182,20 @@ def test_chunks_give_the_same(chunk):
     assert check(loss_of, leaves(*shapes), chunk) == FORWARD
 
 
+def test_a_wide_network_is_pushed_in_pieces(monkeypatch):
+    shapes, loss_of = LOSSES["linear, input moves"]
+    pieces, ahead = [], Walk.ahead
+    note = lambda walk, moved: pieces.append(len(next(iter(moved.values())))) or ahead(walk, moved)
+    monkeypatch.setattr(Walk, "ahead", note)
+    inputs = leaves(*shapes)
+    monkeypatch.setattr("koopman_hpo_adapters._torch_graph._ROOM", 2 * Walk(loss_of(*inputs)).width)
+    assert check(loss_of, inputs) == FORWARD
+    assert pieces == [2, 1]
+    monkeypatch.setattr("koopman_hpo_adapters._torch_graph._ROOM", 1)
+    check(loss_of, inputs)
+    assert pieces == [2, 1, 1, 1, 1]
+
+
 def net():
     torch.manual_seed(4)
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()

@@ -6,6 +6,7 @@ tangents of their adjoints back.  The adjoints themselves are torch's, taken on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ class Walk:
 
     Attributes:
       edges: where the nodes that are not linear have their adjoints: what to ask torch for beside the gradient.
+      width: elements of these nodes' outputs, which is about what one direction takes in memory.
 
     Raises:
       Unknown: a node has no rule.
@@ -38,6 +40,7 @@ class Walk:
             else:
                 self._nodes.append((node, rule, [f for f, _ in node.next_functions]))
         self.edges = [GradientEdge(node, 0) for node, rule, _ in self._nodes if rule.curved]
+        self.width = sum(math.prod(edge.node._input_metadata[0].shape) for edge in self.edges)
 
     def ahead(self, moved: Mapping[int, torch.Tensor]) -> list[Any]:
         """Tangents up to the loss, for {id(leaf): (q, *shape) its tangents}; returns what `back` needs.

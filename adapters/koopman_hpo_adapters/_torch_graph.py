@@ -24,6 +24,7 @@ Grads = list[torch.Tensor | None]
 FORWARD = "forward over reverse"
 BATCHED, LOOPED, DIFFERENCES = "batched double backward", "looped double backward", "central differences"
 _ONCE = once_differentiable(lambda *args: None).__code__  # what a function's backward becomes under this mark
+_ROOM = 2**24  # elements of all directions that forward over reverse pushes at a time: 128 MiB in float64
 _SMALL = 16_384  # q p up to which one batched call beats q calls: measured from 57 to 400,000 parameters, q = 1 to 30
 
 
@@ -71,7 +72,7 @@ class Graph:
         n, grads = len(self.inputs), None
         try:
             walk = Walk(loss)
-            for into, moved in self._pieces(out, along):
+            for into, moved in _pieces(self._chunk or max(1, _ROOM // (walk.width or 1)), out, along):
                 pulls = walk.ahead({id(i): m for i, m in zip(self.inputs, moved, strict=True)})
                 grads = grads or self.gradient(loss, walk.edges, keep=True)
                 found = walk.back(pulls, grads[n:])
@@ -97,16 +98,6 @@ class Graph:
         finally:
             self.handles += RemovableHandle.next_id - before
 
-    def _pieces(self, *columns: Columns) -> Iterator[tuple[Columns, ...]]:
-        """Columns cut to so many directions as are pushed at a time."""
-        q = len(columns[0][0])
-        size = self._chunk or q
-        if size >= q:
-            yield columns
-        else:
-            for a in range(0, q, size):
-                yield tuple([c[a : a + size] for c in column] for column in columns)
-
     def gradient(self, loss: torch.Tensor, also: Sequence[Any] = (), *, double: bool = False, keep: bool = False) -> Grads:
         """Gradients along `inputs` and `also`, tensors or edges; None where the loss does not depend on one."""
         if double:
@@ -130,7 +121,7 @@ class Graph:
             write(out, [None] * len(out))
             return
         outputs, along = tuple(grads[i] for i in kept), [along[i] for i in kept]
-        for into, moved in self._pieces(out, along):
+        for into, moved in _pieces(self._chunk or len(along[0]), out, along):
             self._second(outputs, moved, tuple(inputs), into)
 
     def _second(self, outputs: Any, along: Columns, inputs: tuple[torch.Tensor, ...], out: Columns) -> None:
@@ -160,6 +151,16 @@ class Graph:
 def _pull(outputs: Any, along: Any, inputs: Any, keep: bool, create: bool) -> tuple[torch.Tensor | None, ...]:
     """`torch.autograd.grad`, None for an input that is not used."""
     return torch.autograd.grad(outputs, inputs, along, retain_graph=keep, create_graph=create, allow_unused=True)
+
+
+def _pieces(size: int, *columns: Columns) -> Iterator[tuple[Columns, ...]]:
+    """Columns cut to so many directions."""
+    q = len(columns[0][0])
+    if size >= q:
+        yield columns
+    else:
+        for a in range(0, q, size):
+            yield tuple([c[a : a + size] for c in column] for column in columns)
 
 
 def _rows(columns: Columns) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -94,8 +94,7 @@ class Memory:
 
     def touched(self, t: int) -> None:
         """The parameters were written to: a loss graph made before is refused by torch's backward."""
-        for p in self.params:
-            torch.autograd.graph.increment_version(p)
+        torch.autograd.graph.increment_version(self.params)
         self._versions = [p._version for p in self.params]
         self.even = bool((self.counts == t).all())
 

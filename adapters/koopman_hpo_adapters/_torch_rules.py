@@ -25,7 +25,6 @@ Pull = Callable[[Any, Tangent], Sequence[Tangent]]
 _aten = torch.ops.aten
 _convolution_backward, _nll_loss_backward = _aten.convolution_backward.default, _aten.nll_loss_backward.default
 _threshold_backward, _avg_pool2d_backward = _aten.threshold_backward.default, _aten.avg_pool2d_backward.default
-
 _index_put = _aten.index_put_.default
 
 

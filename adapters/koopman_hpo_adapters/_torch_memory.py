@@ -26,12 +26,8 @@ class Buffer:
 
     def __init__(self, shapes: list[torch.Size], q: int, dtype: Any):
         self.flat = np.empty((1 + q, sum(s.numel() for s in shapes)), dtype)
-        self.g, *self.dG = rows(torch.from_numpy(self.flat), shapes)
-
-
-def rows(flat: torch.Tensor, shapes: list[torch.Size]) -> list[list[torch.Tensor]]:
-    """For each row of flat (n, p) its views in these shapes."""
-    return [cut(row, shapes) for row in flat]
+        flat = torch.from_numpy(self.flat)
+        self.g, self.dG = cut(flat[0], shapes), cut(flat[1:], shapes)
 
 
 def cut(flat: torch.Tensor, shapes: list[torch.Size]) -> list[torch.Tensor]:
@@ -98,8 +94,7 @@ class Memory:
 
     def touched(self, t: int) -> None:
         """The parameters were written to: a loss graph made before is refused by torch's backward."""
-        for p in self.params:
-            torch.autograd.graph.increment_version(p)
+        torch.autograd.graph.increment_version(self.params)
         self._versions = [p._version for p in self.params]
         self.even = bool((self.counts == t).all())
 

@@ -28,9 +28,9 @@ class Host:
 
     name = "cpu"
 
-    def state(self, host: TangentState) -> TangentState:
-        """A state that was made on the host, moved to where it lives."""
-        return host
+    def init(self, params: Array, k: int, q: int, fill: float) -> TangentState:
+        """The state before the first step, where it lives."""
+        return tangent.init(params, k, q, fill)
 
     def still(self, state: TangentState) -> TangentState:
         """The same state without tangent directions: stepping it is plain training."""
@@ -50,6 +50,14 @@ class Host:
     def get(self, a: Array) -> Array:
         """A copy on the host."""
         return a.copy()
+
+    def read(self, a: Array) -> Array:
+        """On the host, to look at: the array itself where it is there."""
+        return a
+
+    def put(self, a: Array) -> Array:
+        """An array of the host, where the run's own live."""
+        return a
 
     def assign(self, state: TangentState, source: TangentState) -> None:
         tangent.assign(state, source)
@@ -103,8 +111,8 @@ class Card:
         self._rows: dict[tuple[int, ...], tuple[Coefficients, list[bytes]]] = {}
         self._sums: tuple[Any, Any] | None = None
 
-    def state(self, host: TangentState) -> TangentState:
-        return TangentState(*map(self._put, host))
+    def init(self, params: Array, k: int, q: int, fill: float) -> TangentState:
+        return TangentState(*map(self.put, tangent.init(params, k, q, fill)))
 
     def still(self, state: TangentState) -> TangentState:
         dtype, p, k = state.theta.dtype, state.theta.size, len(state.slots)
@@ -120,13 +128,19 @@ class Card:
         return step
 
     def layout(self, cuts: NDArray[np.int64], rule: Rule, dtype: np.dtype) -> tuple[Any, bool, Any]:
-        return self._put(cuts), rule.flag, None
+        return self.put(cuts), rule.flag, None
 
     def shown(self, a: Any) -> Any:
         return a
 
     def get(self, a: Any) -> Array:
         return a.copy_to_host(stream=self._on())
+
+    def read(self, a: Any) -> Array:
+        return self.get(a)
+
+    def put(self, a: NDArray) -> Any:
+        return self._cuda.to_device(np.ascontiguousarray(a), stream=self._on())
 
     def assign(self, state: TangentState, source: TangentState) -> None:
         for into, out in zip(state, source, strict=True):
@@ -166,14 +180,11 @@ class Card:
     def _on(self) -> Any:
         return self._kernels.device_stream(self.stream())
 
-    def _put(self, a: NDArray) -> Any:
-        return self._cuda.to_device(np.ascontiguousarray(a), stream=self._on())
-
     def _uploaded(self, rows: Coefficients) -> Coefficients:
         """The kernel's coefficients on the card, written there only where they have changed."""
         rows = Coefficients(*map(np.ascontiguousarray, rows))
         if rows.dc.shape not in self._rows:
-            self._rows[rows.dc.shape] = Coefficients(*map(self._put, rows)), [a.tobytes() for a in rows]
+            self._rows[rows.dc.shape] = Coefficients(*map(self.put, rows)), [a.tobytes() for a in rows]
         there, known = self._rows[rows.dc.shape]
         for i, (into, a) in enumerate(zip(there, rows, strict=True)):
             if a.tobytes() != known[i]:
@@ -192,5 +203,11 @@ class Card:
 
 
 def of(name: Any) -> Host | Card:
-    """The device of that name.  Raises HyperparameterError: no such one; RuntimeError: no card."""
+    """The device of that name; an adapter brings its own.
+
+    Raises:
+      HyperparameterError: no such one.  RuntimeError: no card.
+    """
+    if isinstance(name, Host | Card):
+        return name
     return Host() if choice("inner", "device", name, DEVICES) == "cpu" else Card()

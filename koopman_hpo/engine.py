@@ -78,7 +78,7 @@ class CoreInner:
         directions: int | None = None,
         chunk: int | None = None,
         seed: int = 0,
-        device: str = "cpu",
+        device: str | devices.Host | devices.Card = "cpu",
     ):
         call = f"inner.{rule.name}"
         self._device = devices.of(device)
@@ -95,7 +95,7 @@ class CoreInner:
         self._rng = np.random.default_rng(checks.seed(call, seed))
         self.phi = space.phi0.copy()
         self._t = 0
-        self._state = self._device.state(tangent.init(problem.params, rule.slots, self._s or space.q, rule.fill))
+        self._state = self._device.init(problem.params, rule.slots, self._s or space.q, rule.fill)
         self._connect()
         self.directions: Array | None = None
         self._draw()

@@ -24,7 +24,7 @@ _SCALARS = ("t", "cut", "used", "reason", "value0", "value", "rollbacks", "norms
 
 def pack(tuner: Tuner) -> dict[str, Any]:
     """`{name: array}` and, under "meta", what goes into JSON."""
-    s, w, best = tuner.state, tuner.state.window, tuner.state.best
+    s, w, best = tuner.state, tuner.state.window.read(), tuner.state.best
     meta = {
         "settings": settings.of(tuner),
         "scalars": {n: getattr(s, n) for n in _SCALARS},

@@ -25,11 +25,14 @@ def simulated(*command):
     return done.stdout
 
 
-def test_every_kernel_and_run_under_the_simulator():
-    out = simulated("-m", "pytest", "-p", "no:cacheprovider", "tests/cuda_twins.py", "tests/cuda_runs.py")
+@pytest.mark.parametrize(
+    ("files", "least"), [(("cuda_twins.py", "cuda_runs.py"), 100), (("cuda_torch.py",), 20)], ids=["kernels", "torch"]
+)
+def test_every_kernel_and_run_under_the_simulator(files, least):
+    out = simulated("-m", "pytest", "-p", "no:cacheprovider", *(f"tests/{name}" for name in files))
     passed = re.search(r"^(\d+) passed in", out.splitlines()[-1])  # nothing skipped, nothing failed
     assert passed, out
-    assert int(passed[1]) > 100, out
+    assert int(passed[1]) > least, out
 
 
 def test_the_benchmark_proves_its_kernels_under_the_simulator():

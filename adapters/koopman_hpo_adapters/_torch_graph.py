@@ -6,13 +6,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.variable import Variable
 
 from koopman_hpo.errors import AdapterError
-from koopman_hpo.problem import Array
 
 log = logging.getLogger("koopman_hpo")
 
@@ -44,7 +42,7 @@ class Graph:
 
     def __init__(self, inputs: Sequence[torch.Tensor], chunk: int | None = None):
         self.inputs, self.path, self._chunk = tuple(inputs), "", chunk
-        self._one = torch.ones((), dtype=self.inputs[0].dtype)
+        self._one = torch.ones((), dtype=self.inputs[0].dtype, device=self.inputs[0].device)
         self._p, self._loops = sum(i.numel() for i in inputs), False
 
     def gradient(self, loss: torch.Tensor, also: Sequence[torch.Tensor] = (), *, double: bool) -> Grads:
@@ -146,13 +144,13 @@ def _advice(said: str) -> str:
     return f"the loss has no gradient. torch says: {said}"
 
 
-def clipped(g: Array, dG: Array, limit: float) -> None:
-    """Clip g (p,) to a norm as torch's `clip_grad_norm_` does, and dG (q, p) with it, both in place."""
-    norm = float(np.linalg.norm(g))
+def clipped(g: torch.Tensor, dG: torch.Tensor, limit: float) -> None:
+    """Clip g (p,) to a norm as torch's `clip_grad_norm_` does, and dG (q, p) with it, both in place; no card is read."""
+    norm = torch.linalg.vector_norm(g)
     scale = limit / (norm + 1e-6)
-    if scale >= 1 or not np.isfinite(norm):
+    long = (scale < 1) & norm.isfinite()
+    if g.device.type == "cpu" and not long:  # reading costs nothing here
         return
     slope = (dG @ g) * (scale / ((norm + 1e-6) * norm))  # -d scale along each tangent
-    dG *= dG.dtype.type(scale)
-    dG -= np.outer(slope, g)
-    g *= g.dtype.type(scale)
+    dG.mul_(torch.where(long, scale, 1)).sub_(torch.where(long, torch.outer(slope, g), 0))
+    g.mul_(torch.where(long, scale, 1))

@@ -5,7 +5,8 @@ zero_grad, backward and step.  Tangents come from double backward on the user's 
 for `koopman_hpo.Tuner` and the exact tools, where the losses are functions of a batch.
 
 A parameter that a step does not use is skipped, as torch does.  BatchNorm's running statistics are part of the state and
-have tangents; other buffers that a model changes count as constants.  Parameters live on the CPU.
+have tangents; other buffers that a model changes count as constants.  Parameters live on the CPU, or on one CUDA device,
+which needs the extra `cuda`: there a step reads nothing, and a loss is a tensor until somebody looks at it.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class HyperOptimizer:
     """Wraps one of torch's optimizers and tunes its hyperparameters while the model trains.
 
     Args:
-      opt: SGD, Adam, AdamW, RMSprop or Adagrad, fresh, any number of param groups, parameters on the CPU.
+      opt: SGD, Adam, AdamW, RMSprop or Adagrad, fresh, any number of param groups, parameters on one device.
       tune: what to tune.  Names ("lr", "momentum", "weight_decay", "betas", ...), which start from `opt`; a dict
         {name: how}, where how is `log`, `logit` or `identity`, a start such as `log(0.1, knots=...)`, the list of all param
         groups' indices (a value for each), or, for a hyperparameter of the loss, its start, its tensor, or (tensor,
@@ -149,7 +150,7 @@ class HyperOptimizer:
             nothing but central differences; or None after `accumulate`.
 
         Returns:
-          The loss, the accumulated ones added.
+          The loss, the accumulated ones added; of a model on a card a tensor there, for which nobody has waited.
 
         Raises:
           AdapterError: not a scalar with a graph, scaled by a GradScaler, a model changed after wrapping, a layer that

@@ -20,6 +20,7 @@ from .kernels.arrays import Coefficients, Grads, TangentState
 from .optimizers import Rule
 from .problem import Array
 
+HALF = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}  # bfloat16 by its bits: NumPy has none
 SHARES = 512  # of a sum over parameters, on a card
 
 
@@ -28,8 +29,8 @@ class Host:
 
     name = "cpu"
 
-    def init(self, params: Array, k: int, q: int, fill: float) -> TangentState:
-        """The state before the first step, where it lives."""
+    def init(self, params: Array, k: int, q: int, fill: float, kept: str | None) -> TangentState:
+        """The state before the first step, where it lives, with tangents kept in half precision if a name is given."""
         return tangent.init(params, k, q, fill)
 
     def still(self, state: TangentState) -> TangentState:
@@ -48,11 +49,15 @@ class Host:
         return checks.locked(a)
 
     def get(self, a: Array) -> Array:
-        """A copy on the host."""
+        """A copy on the host, as it is kept."""
+        return a.copy()
+
+    def keep(self, a: Array) -> Array:
+        """A copy where it lives."""
         return a.copy()
 
     def read(self, a: Array) -> Array:
-        """On the host, to look at: the array itself where it is there."""
+        """On the host, to look at, in full precision: the array itself where it is there."""
         return a
 
     def put(self, a: Array) -> Array:
@@ -83,8 +88,8 @@ class Host:
         """A model's array, checked.  Raises AdapterError."""
         return checks.array(call, name, a, shape, dtype)
 
-    def like(self, a: Array) -> Array:
-        return np.empty_like(a)
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        return np.empty(shape, dtype)
 
     def write(self, into: Array, source: Array) -> None:
         into[...] = source
@@ -111,11 +116,11 @@ class Card:
         self._rows: dict[tuple[int, ...], tuple[Coefficients, list[bytes]]] = {}
         self._sums: tuple[Any, Any] | None = None
 
-    def init(self, params: Array, k: int, q: int, fill: float) -> TangentState:
-        return TangentState(*map(self.put, tangent.init(params, k, q, fill)))
+    def init(self, params: Array, k: int, q: int, fill: float, kept: str | None) -> TangentState:
+        return TangentState(*map(self.put, tangent.init(params, k, q, fill, None if kept is None else HALF[kept])))
 
     def still(self, state: TangentState) -> TangentState:
-        dtype, p, k = state.theta.dtype, state.theta.size, len(state.slots)
+        dtype, p, k = state.Z.dtype, state.theta.size, len(state.slots)
         none = (self._cuda.device_array(shape, dtype) for shape in ((0, p), (k, 0, p)))
         return TangentState(state.theta, state.slots, *none)
 
@@ -133,11 +138,21 @@ class Card:
     def shown(self, a: Any) -> Any:
         return a
 
+    def wide(self, a: Array) -> Array:
+        if a.dtype == HALF["bfloat16"]:
+            return (a.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return a.astype(np.float32) if a.dtype == HALF["float16"] else a
+
     def get(self, a: Any) -> Array:
         return a.copy_to_host(stream=self._on())
 
+    def keep(self, a: Any) -> Any:
+        out = self.empty(a.shape, a.dtype)
+        self.write(out, a)
+        return out
+
     def read(self, a: Any) -> Array:
-        return self.get(a)
+        return self.wide(self.get(a))
 
     def put(self, a: NDArray) -> Any:
         return self._cuda.to_device(np.ascontiguousarray(a), stream=self._on())
@@ -170,8 +185,8 @@ class Card:
             raise AdapterError(f"{call}: {name} must be {shape} of {dtype}, got {tuple(out.shape)} of {out.dtype}.")
         return out
 
-    def like(self, a: Any) -> Any:
-        return self._cuda.device_array(tuple(a.shape), a.dtype)
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        return self._cuda.device_array(tuple(shape), dtype)
 
     def write(self, into: Any, source: Any) -> None:
         if into.size:

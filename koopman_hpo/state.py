@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .outer import OuterState
+from .snapshots import hosted
 
 Array = NDArray[Any]
 
@@ -19,14 +20,18 @@ class Best(NamedTuple):
 
     value: float  # outer loss
     phi: Array  # (q,) that it ran with
-    params: NDArray  # (p,)
+    params: NDArray  # (p,); on a card, perhaps
     steps: int  # inner steps of its run
+
+    def read(self) -> Best:
+        """The same with parameters on the host."""
+        return self._replace(params=hosted(self.params))
 
 
 class Window(NamedTuple):
     """The window under way."""
 
-    start: dict[str, NDArray]  # snapshot to go back to
+    start: dict[str, NDArray]  # snapshot to go back to; on a card, perhaps
     number: int  # windows begun before
     length: int  # inner steps planned
     done: int = 0  # inner steps taken and settled

@@ -154,7 +154,8 @@ class Tuner:
     @property
     def result(self) -> Result:
         """What stands now; in mode `restart`, the best of the longest runs so far."""
-        s, best, params = self.state, self.state.best, self.inner.params
+        s, params = self.state, self.inner.params  # first: it waits for a card
+        best = None if s.best is None else s.best.read()
         value, phi = s.value, s.phi
         if self.mode == "restart" and best is not None:
             value, phi, params = best.value, best.phi, best.params

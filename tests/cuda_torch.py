@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from koopman_hpo_adapters import _torch_checks, _torch_device, _torch_losses, _torch_memory
+from koopman_hpo_adapters import _torch_checks, _torch_device, _torch_graph, _torch_losses, _torch_memory
 from koopman_hpo_adapters import torch as kt
 from koopman_hpo_adapters._torch_inner import TorchInner
 from koopman_hpo_adapters.torch import HyperOptimizer
@@ -27,8 +27,6 @@ F = nn.functional
 class Simulated(_torch_device.OnCard):
     """The card's code, with the CPU's tensors as its memory."""
 
-    crossed: list[int] = []  # noqa: RUF012 - sizes of what was copied to the host, of all
-
     def _open(self):
         self.stream = lambda: 0
 
@@ -40,10 +38,6 @@ class Simulated(_torch_device.OnCard):
 
     def tensor(self, a):
         return torch.from_numpy(a._ary)
-
-    def get(self, a):
-        self.crossed.append(a.size)
-        return super().get(a)
 
     def random(self):
         return [torch.get_rng_state()]
@@ -172,6 +166,26 @@ def test_options_mean_the_same(on_card, settings):
     agree(host, card, 1e-10)
 
 
+@pytest.mark.parametrize("loops", [False, True])
+@pytest.mark.parametrize("kept", ["bfloat16", "float16"])
+def test_tangents_in_half_the_memory_lose_what_their_type_loses(on_card, monkeypatch, kept, loops):
+    if loops:
+        monkeypatch.setattr(_torch_graph, "_SMALL", 0)
+    full = wrapped("adam", torch.float32)
+    with pytest.raises(HyperparameterError, match="got float32 on 'cpu'"):
+        wrapped("adam", torch.float32, tangents=kept)
+    on_card()
+    half = wrapped("adam", torch.float32, tangents=kept)
+    for run in (full, half):
+        torch.manual_seed(3)
+        for _ in range(3):
+            run[2]()
+    assert half[1].tuner.inner.memory.Z.dtype == getattr(torch, kept)
+    h, exact = half[1].hypergradient().grad, full[1].hypergradient().grad
+    error = np.abs(h - exact).max() / np.abs(exact).max()
+    assert 1e-5 < error < 3 * (2**-7 if kept == "bfloat16" else 2**-10)
+
+
 def test_accumulated_losses_are_the_same(on_card):
     runs = pair(on_card, "sgd")
     x, y = torch.ones(6, 4, dtype=torch.float64).cumsum(0), torch.arange(6) % 3
@@ -245,15 +259,29 @@ def test_the_exact_tools_and_central_differences_work(on_card):
     assert result.value < 0.5
 
 
-def test_no_array_of_the_size_of_the_model_crosses_in_a_window(on_card):
+@pytest.mark.parametrize("lr", [None, 100.0])
+def test_nothing_of_the_size_of_the_model_crosses_in_a_window_or_on_the_way_back(on_card, monkeypatch, lr):
     on_card()
-    Simulated.crossed.clear()
-    _, hopt, step = wrapped("adam", window=4, steps=20, every=2)
-    q = hopt.tuner.inner.space.q
-    for _ in range(3):
-        Simulated.crossed.clear()
+    crossed = []
+    get, cpu = devices.Card.get, torch.Tensor.cpu
+    monkeypatch.setattr(devices.Card, "get", lambda self, a: crossed.append(a.size) or get(self, a))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: crossed.append(self.numel()) or cpu(self))
+    _, hopt, step = wrapped("adam", lr=lr, window=2, steps=8, guard=Guard(), directions=2)
+    tuner = hopt.tuner
+    assert max(crossed) >= tuner.inner.params.size  # wrapping does
+    crossed.clear()
+    for _ in range(6):
         step()
-        assert all(n <= q for n in Simulated.crossed)
+    assert len(tuner.history) == 3
+    assert tuner.history[0].event.startswith("rolled back") == (lr is not None)
+    assert (tuner.state.best is not None) == (lr is None)
+    statistics = max(t.numel() for t in tuner.inner.losses.statistics.tangents)
+    assert 0 < max(crossed) <= statistics < tuner.inner.params.size
+    crossed.clear()
+    result = tuner.result
+    assert isinstance(result.params, np.ndarray)
+    assert result.best is None or isinstance(result.best.params, np.ndarray)
+    assert max(crossed) == result.params.size
 
 
 # -- a card that cannot be read ------------------------------------------------------------------------------------------

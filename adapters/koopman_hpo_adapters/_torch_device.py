@@ -6,6 +6,7 @@ a tensor; whose random numbers a model draws; and whether a loss is read at once
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ class OnHost(devices.Host):
     def __init__(self, place: torch.device):
         self.place = place
 
-    def init(self, params: Array, k: int, q: int, fill: float) -> TangentState:
-        state = super().init(params, k, q, fill)
+    def init(self, params: Array, k: int, q: int, fill: float, kept: str | None) -> TangentState:
+        state = super().init(params, k, q, fill, kept)
         self.tensors: Tensors = tuple(map(torch.from_numpy, state))
         return state
 
@@ -65,10 +66,10 @@ class OnCard(devices.Card):
         self._cuda.select_device(self.place.index)
         self.stream = lambda: torch.cuda.current_stream(self.place).cuda_stream or LEGACY
 
-    def init(self, params: Array, k: int, q: int, fill: float) -> TangentState:
+    def init(self, params: Array, k: int, q: int, fill: float, kept: str | None) -> TangentState:
         theta, p = self._sent(params), params.size
-        slots = theta.new_full((k, p), fill)
-        self.tensors: Tensors = (theta, slots, theta.new_zeros((q, p)), theta.new_zeros((k, q, p)))
+        new = partial(theta.new_zeros, dtype=theta.dtype if kept is None else getattr(torch, kept))
+        self.tensors: Tensors = (theta, theta.new_full((k, p), fill), new((q, p)), new((k, q, p)))
         return TangentState(*map(self.view, self.tensors))
 
     def view(self, tensor: torch.Tensor) -> Any:
@@ -79,6 +80,9 @@ class OnCard(devices.Card):
 
     def put(self, a: Array) -> Any:
         return self.view(self._sent(a))
+
+    def keep(self, a: Any) -> Any:
+        return self.view(self.tensor(a).clone())
 
     def number(self, call: str, name: str, x: Any) -> Any:
         return x if isinstance(x, torch.Tensor) else super().number(call, name, x)

@@ -80,7 +80,8 @@ class Graph:
         if not self._loops and len(along) * self._p <= _SMALL:
             batch: dict[str, Any] = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
             try:
-                columns = [torch.stack(column) for column in zip(*along, strict=True)]
+                stacks = (torch.stack(column) for column in zip(*along, strict=True))
+                columns = [c.to(g.dtype) for g, c in zip(outputs, stacks, strict=True)]
                 found = torch.autograd.grad(outputs, inputs, columns, **batch)
                 for j, row in enumerate(out):
                     write(row, [None if f is None else f[j] for f in found])
@@ -91,6 +92,8 @@ class Graph:
                 self._loops = True
         try:
             for row, into in zip(along, out, strict=True):
+                if row[0].dtype != outputs[0].dtype:  # tangents in half precision: one direction at a time is widened
+                    row = [r.to(g.dtype) for r, g in zip(row, outputs, strict=True)]  # noqa: PLW2901
                 write(into, _pull(outputs, tuple(row), inputs, True, False))
         except RuntimeError as error:
             raise NotTwice(str(error).splitlines()[0]) from error

@@ -123,6 +123,9 @@ class TorchInner(CoreInner):
     def snapshot(self) -> dict[str, NDArray]:
         return super().snapshot() | self._own()
 
+    def mark(self) -> dict[str, Any]:
+        return super().mark() | self._own()
+
     def restore(self, snapshot: Mapping[str, NDArray]) -> None:
         super().restore(snapshot)
         self.memory.counts[:] = snapshot["counts"]

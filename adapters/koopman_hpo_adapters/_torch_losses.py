@@ -280,7 +280,8 @@ class Losses:
                 self.graph.push(grads, along, self._memory.params, into.dG)
             return into.arrays[1]
         except NotTwice:
-            return central_hvp(lambda at: self._outer_at(at, hyper, batch), theta, V)
+            put, read = self._memory.device.put, self._memory.device.read
+            return put(central_hvp(lambda at: read(self._outer_at(put(at), hyper, batch)), read(theta), read(V)))
 
     def _outer_at(self, theta: Array, hyper: Mapping[str, Any], batch: Any) -> Array:
         with self.elsewhere(theta, hyper, True):

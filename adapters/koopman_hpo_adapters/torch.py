@@ -65,7 +65,7 @@ def inner(
       opt, tune, model, clip_norm, generators: as for `HyperOptimizer`.
       train_loss, val_loss: batch -> scalar tensor with its graph.  Loss hyperparameters: tensors given in `tune`, or
         `run.losses.hyper[name]`.
-      settings: `directions`, `seed`, `chunk`, as for `koopman_hpo.inner.sgd`.
+      settings: `directions`, `seed`, `chunk`, `tangents`, as for `koopman_hpo.inner.sgd`.
 
     Raises:
       AdapterError, HyperparameterError: as `HyperOptimizer`.
@@ -95,6 +95,7 @@ class HyperOptimizer:
       clip_norm: clip the gradient's norm as `clip_grad_norm_` does, derivative included.
       generators: random generators that the loss uses beside torch's own, saved and restored with the run.
       directions: random tangent directions in place of all q; chunk: tangents pushed at a time; seed: of the directions.
+      tangents: "bfloat16" or "float16" keeps those of a float32 model on a card in half of the memory.
       strategy, window, outer, guard, settings: as for `koopman_hpo.Tuner`.
 
     Attributes:
@@ -117,6 +118,7 @@ class HyperOptimizer:
         directions: int | None = None,
         chunk: int | None = None,
         seed: int = 0,
+        tangents: str | None = None,
         strategy: Any = None,
         window: int = 25,
         guard: Guard | None = Guard(),  # noqa: B008 - frozen
@@ -126,7 +128,7 @@ class HyperOptimizer:
         self._scales = checks.Scales()
         call_val = val_loss if not callable(val_loss) else lambda _: val_loss()
         source = Source(_of_step, call_val, lambda batch: not isinstance(batch, torch.Tensor), model, tuple(generators))
-        more = {"directions": directions, "chunk": chunk, "seed": seed}
+        more = {"directions": directions, "chunk": chunk, "seed": seed, "tangents": tangents}
         self.opt, self._val_loss = opt, val_loss
         self._inner = _wrap(_CALL, opt, tune, source, clip_norm, more)
         self.tuner = Tuner(self._inner, strategy, steps=steps, window=window, guard=guard, mode="online", **settings)

@@ -114,7 +114,7 @@ class Card:
         self._cuda = cuda
         self.stream: Callable[[], Any] = lambda: 0
         self._rows: dict[tuple[int, ...], tuple[Coefficients, list[bytes]]] = {}
-        self._sums: tuple[Any, Any] | None = None
+        self._sums: dict[int, tuple[Any, Any]] = {}
 
     def init(self, params: Array, k: int, q: int, fill: float, kept: str | None) -> TangentState:
         return TangentState(*map(self.put, tangent.init(params, k, q, fill, None if kept is None else HALF[kept])))
@@ -209,12 +209,12 @@ class Card:
 
     def _product(self, Z: Any, x: Any) -> Array:
         """(q,) on the host: Z x."""
-        if self._sums is None or len(self._sums[1]) != len(Z):
-            shapes = (SHARES, len(Z)), (len(Z),)
-            self._sums = tuple(self._cuda.device_array(shape, np.float64) for shape in shapes)
-        assert self._sums is not None
-        self._kernels.project(Z, x, *self._sums, stream=self._on())
-        return self.get(self._sums[1])
+        q = len(Z)
+        if q not in self._sums:
+            self._sums[q] = self.empty((SHARES, q), np.dtype(np.float64)), self.empty((q,), np.dtype(np.float64))
+        work, out = self._sums[q]
+        self._kernels.project(Z, x, work, out, stream=self._on())
+        return self.get(out)
 
 
 def of(name: Any) -> Host | Card:

@@ -82,5 +82,5 @@ class Scales:
             if scaler is not None and scaler._scale is factor:
                 raise AdapterError(
                     f"{call}: the loss was scaled by a GradScaler, which would have to unscale a gradient that is not "
-                    f"there. Pass the loss itself; on the CPU use autocast with bfloat16, which needs no scaling."
+                    f"there. Pass the loss itself; use autocast with bfloat16, which needs no scaling."
                 )

@@ -6,9 +6,9 @@
 In order: every kernel against float64 NumPy on fresh random data; GB/s of each against a measured copy on the device, at
 p = 1e6, 1e7, 1e8 and q = 1, 3, 10; the fused SGD and Adam updates against eager, `foreach` and compiled torch; a launch
 at small p with and without a CUDA graph; the whole step of a ResNet-18 and of a transformer against plain training, by hand
-and under the torch adapter's `HyperOptimizer`, its peak memory, and what crosses to the host in it.  Prints one table, says
-which bars are met, and writes benchmarks/results/gpu.json with the date and the card, after each part: what fails on the
-way is named there and the rest goes on.
+and under the torch adapter's `HyperOptimizer`, its peak memory, and what crosses to the host in it; a window in JAX, where
+JAX sees the card.  Prints one table, says which bars are met, and writes benchmarks/results/gpu.json with the date and the
+card, after each part: what fails on the way is named there and the rest goes on.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ class Plan(NamedTuple):
     race: int  # p of the race against torch
     copied: int  # floats
     models: tuple[tuple[str, Callable, Callable], ...]  # (name, model, batch(device))
+    jax: tuple[tuple[int, ...], int, int]  # widths of a network, batch, steps of a window
     repeats: int
     backend: str  # of torch.compile
 
@@ -151,6 +152,7 @@ FULL = Plan(
         ("ResNet-18, batch 128", resnet, lambda device: images(128, 32, device, torch.float32)),
         ("transformer, batch 32 x 128", transformer, lambda device: texts(32, 128, 1000, device)),
     ),
+    ((1024, 4096, 4096, 1000), 256, 50),
     20,
     "inductor",
 )
@@ -163,6 +165,7 @@ TINY = Plan(
         ("ResNet-18, tiny", lambda: resnet(2), lambda device: images(4, 8, device, torch.float32)),
         ("transformer, tiny", lambda: transformer(11, 8, 1), lambda device: texts(2, 5, 11, device)),
     ),
+    ((8, 16, 4), 8, 5),
     1,
     "eager",
 )
@@ -330,14 +333,24 @@ def whole_step(plan, device, model, batch, q=3):
 # -- saying it -----------------------------------------------------------------------------------------------------------
 
 
+def in_jax(plan, device):
+    from gpu_jax import window  # last: what it needs, JAX on the card, may be missing
+
+    return window(*plan.jax, plan.repeats, "gpu" if device.cuda else "cpu")
+
+
 def parts(plan, device, copy):
     """{heading: what measures its rows}."""
     whole = lambda name, model, data: {name: whole_step(plan, device, model, data(device.name))}
-    return {
-        "kernels": lambda: bandwidths(plan, device, copy),
-        f"updates, p = {plan.race:.0e}, q = 3": lambda: races(plan, device),
-        "a launch, p = 1000": lambda: launches(plan, device),
-    } | {f"whole step, q = 3, {name}": partial(whole, name, model, data) for name, model, data in plan.models}
+    return (
+        {
+            "kernels": lambda: bandwidths(plan, device, copy),
+            f"updates, p = {plan.race:.0e}, q = 3": lambda: races(plan, device),
+            "a launch, p = 1000": lambda: launches(plan, device),
+        }
+        | {f"whole step, q = 3, {name}": partial(whole, name, model, data) for name, model, data in plan.models}
+        | {"a window in JAX, q = 3": lambda: in_jax(plan, device)}
+    )
 
 
 def measure(plan, device, seed):
@@ -345,10 +358,12 @@ def measure(plan, device, seed):
     copy = copy_bandwidth(plan, device)
     card = torch.cuda.get_device_name() if device.cuda else "no card"
     result = {"date": date.today().isoformat(), "card": card, "copy_GB/s": copy, "seed": seed}
-    result["versions"] = {name: version(name) for name in ("numpy", "numba", "torch")}
+    result["versions"] = {name: version(name) for name in ("numpy", "numba", "torch", "jax")}
     print(f"{card}, {result['date']}: a copy makes {copy:.0f} GB/s")
     for heading, part in parts(plan, device, copy).items():
         print(f"\n{heading}", flush=True)
+        if device.cuda:
+            torch.cuda.empty_cache()
         try:
             result[heading] = part()
             for name, values in result[heading].items():

@@ -39,7 +39,14 @@ def test_the_benchmark_proves_its_kernels_under_the_simulator():
     out = simulated("benchmarks/gpu.py", "--smoke")
     assert "all kernels agree with float64 NumPy" in out, out
     assert "runs under HyperOptimizer agree with those on the CPU" in out, out
-    for name in ("sgd, p = 1e+03, q = 3", "adam, compiled", "ms_adapter_record", "step_to_floor", "adapter_to_floor"):
+    for name in (
+        "sgd, p = 1e+03, q = 3",
+        "adam, compiled",
+        "ms_adapter_record",
+        "step_to_floor",
+        "adapter_to_floor",
+        "MLP (8, 16, 4)",
+    ):
         assert name in out.split("bars")[0], name
     assert "ResNet-18, tiny, adapter_to_floor" in out.split("bars")[1]
     assert out.endswith("are not kept.\n"), out

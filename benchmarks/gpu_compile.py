@@ -50,7 +50,7 @@ def kernels():
         for name in ("sgd", "adam", "rmsprop", "adagrad", "lion"):
             yield f"{name}, {own}, {kept}, {pushed}", getattr(optimizers, f"_{name}")(load, store, load_dg), (*state, *rest)
         sums = array(kept, 2), array(own, 1), array("float64", 2)
-        yield f"project, {own}, {kept}: float64", tangents._shares(load), sums
+        yield f"project, {own}, {kept}: float64", tangents._shares(load, storage(np.dtype(own), np.dtype(own)).load), sums
         yield f"scale, {own}, {kept}", tangents._scale(load, store), (array(kept, 1), getattr(types, own))
     for own in ("float32", "float64"):
         H, wide, out = array(own, 2), array("float64", 2), array("float64", 1)

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import errors, optimizers
-from .errors import AdapterError, HyperparameterError, ShapeError, nearest, reals, short, whole
+from .errors import AdapterError, HyperparameterError, ShapeError, choice, nearest, reals, short, whole
 from .hyperparameters import Hyperparameter, Space
 from .optimizers import Domain, Rule
 from .problem import Array, Problem
 from .transforms import IDENTITY
 
+HALVES = ("bfloat16", "float16")
 _KNOWN = frozenset(
     name
     for rule in (
@@ -168,11 +169,24 @@ def seed(call: str, value: Any) -> int:
 
 def options(call: str, rule: Rule, given: Mapping[str, Any]) -> None:
     """Keywords that no factory takes, with the nearest that this one does."""
-    known = ("groups", "directions", "chunk", "seed", "device")
+    known = ("groups", "directions", "chunk", "seed", "device", "tangents")
     for name in given:
         if name not in known:
             names = sorted({*rule.defaults, *known})
             raise HyperparameterError(f"{call}: unknown keyword {name!r}; it takes {names}." + nearest(name, names))
+
+
+def kept(call: str, tangents: Any, device: str, dtype: Any) -> str | None:
+    """The type that tangents are kept in; None: that of the parameters."""
+    if tangents is None:
+        return None
+    tangents = choice(call, "tangents", tangents, HALVES)
+    if device == "cpu" or dtype != np.float32:
+        raise HyperparameterError(
+            f"{call}: tangents={tangents!r} needs float32 parameters on device 'cuda', got {dtype} on {device!r}: half of "
+            f"the memory is half of the time on a card alone, and the CPU has no kernels for it. Leave tangents out."
+        )
+    return tangents
 
 
 def initial_accumulator(value: float) -> None:

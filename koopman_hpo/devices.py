@@ -20,6 +20,7 @@ from .kernels.arrays import Coefficients, Grads, TangentState
 from .optimizers import Rule
 from .problem import Array
 
+HALF = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}  # bfloat16 by its bits: NumPy has none
 SHARES = 512  # of a sum over parameters, on a card
 
 
@@ -28,9 +29,9 @@ class Host:
 
     name = "cpu"
 
-    def state(self, host: TangentState) -> TangentState:
-        """A state that was made on the host, moved to where it lives."""
-        return host
+    def init(self, params: Array, k: int, q: int, fill: float, kept: str | None) -> TangentState:
+        """The state before the first step, where it lives, with tangents kept in half precision if a name is given."""
+        return tangent.init(params, k, q, fill)
 
     def still(self, state: TangentState) -> TangentState:
         """The same state without tangent directions: stepping it is plain training."""
@@ -48,8 +49,20 @@ class Host:
         return checks.locked(a)
 
     def get(self, a: Array) -> Array:
-        """A copy on the host."""
+        """A copy on the host, as it is kept."""
         return a.copy()
+
+    def keep(self, a: Array) -> Array:
+        """A copy where it lives."""
+        return a.copy()
+
+    def read(self, a: Array) -> Array:
+        """On the host, to look at, in full precision: the array itself where it is there."""
+        return a
+
+    def put(self, a: Array) -> Array:
+        """An array of the host, where the run's own live."""
+        return a
 
     def assign(self, state: TangentState, source: TangentState) -> None:
         tangent.assign(state, source)
@@ -75,8 +88,8 @@ class Host:
         """A model's array, checked.  Raises AdapterError."""
         return checks.array(call, name, a, shape, dtype)
 
-    def like(self, a: Array) -> Array:
-        return np.empty_like(a)
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        return np.empty(shape, dtype)
 
     def write(self, into: Array, source: Array) -> None:
         into[...] = source
@@ -101,13 +114,13 @@ class Card:
         self._cuda = cuda
         self.stream: Callable[[], Any] = lambda: 0
         self._rows: dict[tuple[int, ...], tuple[Coefficients, list[bytes]]] = {}
-        self._sums: tuple[Any, Any] | None = None
+        self._sums: dict[int, tuple[Any, Any]] = {}
 
-    def state(self, host: TangentState) -> TangentState:
-        return TangentState(*map(self._put, host))
+    def init(self, params: Array, k: int, q: int, fill: float, kept: str | None) -> TangentState:
+        return TangentState(*map(self.put, tangent.init(params, k, q, fill, None if kept is None else HALF[kept])))
 
     def still(self, state: TangentState) -> TangentState:
-        dtype, p, k = state.theta.dtype, state.theta.size, len(state.slots)
+        dtype, p, k = state.Z.dtype, state.theta.size, len(state.slots)
         none = (self._cuda.device_array(shape, dtype) for shape in ((0, p), (k, 0, p)))
         return TangentState(state.theta, state.slots, *none)
 
@@ -120,13 +133,29 @@ class Card:
         return step
 
     def layout(self, cuts: NDArray[np.int64], rule: Rule, dtype: np.dtype) -> tuple[Any, bool, Any]:
-        return self._put(cuts), rule.flag, None
+        return self.put(cuts), rule.flag, None
 
     def shown(self, a: Any) -> Any:
         return a
 
+    def wide(self, a: Array) -> Array:
+        if a.dtype == HALF["bfloat16"]:
+            return (a.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return a.astype(np.float32) if a.dtype == HALF["float16"] else a
+
     def get(self, a: Any) -> Array:
         return a.copy_to_host(stream=self._on())
+
+    def keep(self, a: Any) -> Any:
+        out = self.empty(a.shape, a.dtype)
+        self.write(out, a)
+        return out
+
+    def read(self, a: Any) -> Array:
+        return self.wide(self.get(a))
+
+    def put(self, a: NDArray) -> Any:
+        return self._cuda.to_device(np.ascontiguousarray(a), stream=self._on())
 
     def assign(self, state: TangentState, source: TangentState) -> None:
         for into, out in zip(state, source, strict=True):
@@ -156,8 +185,8 @@ class Card:
             raise AdapterError(f"{call}: {name} must be {shape} of {dtype}, got {tuple(out.shape)} of {out.dtype}.")
         return out
 
-    def like(self, a: Any) -> Any:
-        return self._cuda.device_array(tuple(a.shape), a.dtype)
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        return self._cuda.device_array(tuple(shape), dtype)
 
     def write(self, into: Any, source: Any) -> None:
         if into.size:
@@ -166,14 +195,11 @@ class Card:
     def _on(self) -> Any:
         return self._kernels.device_stream(self.stream())
 
-    def _put(self, a: NDArray) -> Any:
-        return self._cuda.to_device(np.ascontiguousarray(a), stream=self._on())
-
     def _uploaded(self, rows: Coefficients) -> Coefficients:
         """The kernel's coefficients on the card, written there only where they have changed."""
         rows = Coefficients(*map(np.ascontiguousarray, rows))
         if rows.dc.shape not in self._rows:
-            self._rows[rows.dc.shape] = Coefficients(*map(self._put, rows)), [a.tobytes() for a in rows]
+            self._rows[rows.dc.shape] = Coefficients(*map(self.put, rows)), [a.tobytes() for a in rows]
         there, known = self._rows[rows.dc.shape]
         for i, (into, a) in enumerate(zip(there, rows, strict=True)):
             if a.tobytes() != known[i]:
@@ -183,14 +209,20 @@ class Card:
 
     def _product(self, Z: Any, x: Any) -> Array:
         """(q,) on the host: Z x."""
-        if self._sums is None or len(self._sums[1]) != len(Z):
-            shapes = (SHARES, len(Z)), (len(Z),)
-            self._sums = tuple(self._cuda.device_array(shape, np.float64) for shape in shapes)
-        assert self._sums is not None
-        self._kernels.project(Z, x, *self._sums, stream=self._on())
-        return self.get(self._sums[1])
+        q = len(Z)
+        if q not in self._sums:
+            self._sums[q] = self.empty((SHARES, q), np.dtype(np.float64)), self.empty((q,), np.dtype(np.float64))
+        work, out = self._sums[q]
+        self._kernels.project(Z, x, work, out, stream=self._on())
+        return self.get(out)
 
 
 def of(name: Any) -> Host | Card:
-    """The device of that name.  Raises HyperparameterError: no such one; RuntimeError: no card."""
+    """The device of that name; an adapter brings its own.
+
+    Raises:
+      HyperparameterError: no such one.  RuntimeError: no card.
+    """
+    if isinstance(name, Host | Card):
+        return name
     return Host() if choice("inner", "device", name, DEVICES) == "cpu" else Card()

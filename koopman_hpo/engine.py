@@ -78,7 +78,8 @@ class CoreInner:
         directions: int | None = None,
         chunk: int | None = None,
         seed: int = 0,
-        device: str = "cpu",
+        device: str | devices.Host | devices.Card = "cpu",
+        tangents: str | None = None,
     ):
         call = f"inner.{rule.name}"
         self._device = devices.of(device)
@@ -93,7 +94,8 @@ class CoreInner:
         self._rng = np.random.default_rng(checks.seed(call, seed))
         self.phi = space.phi0.copy()
         self._t = 0
-        self._state = self._device.state(tangent.init(problem.params, rule.slots, self._s or space.q, rule.fill))
+        kept = checks.kept(call, tangents, self._device.name, problem.params.dtype)
+        self._state = self._device.init(problem.params, rule.slots, self._s or space.q, rule.fill, kept)
         self._connect()
         self.directions: Array | None = None
         self._draw()
@@ -127,7 +129,7 @@ class CoreInner:
     @property
     def tangents(self) -> Array:
         """(q, p), or (s, p) along random directions: a copy of dtheta / dphi."""
-        return self._device.get(self._state.Z)
+        return np.array(self._device.read(self._state.Z))
 
     @property
     def settings(self) -> str:
@@ -209,7 +211,18 @@ class CoreInner:
 
     def snapshot(self) -> dict[str, NDArray]:
         """Everything that a resumed run needs, as arrays that stay as they are while training goes on."""
-        out: dict[str, NDArray] = {k: self._device.get(v) for k, v in zip(_ARRAYS, self._state, strict=True)}
+        return self._snapshot(self._device.get)
+
+    def mark(self) -> dict[str, Any]:
+        """A snapshot that stays where the run lives: to go back to by `restore`, and not for files."""
+        return self._snapshot(self._device.keep)
+
+    def mark_params(self) -> Any:
+        """(p,) a copy of the current parameters, where the run lives."""
+        return self._device.keep(self._state.theta)
+
+    def _snapshot(self, copied: Callable[[Array], Array]) -> dict[str, NDArray]:
+        out: dict[str, NDArray] = {k: copied(v) for k, v in zip(_ARRAYS, self._state, strict=True)}
         out |= {"t": np.array(self.t), "phi": self.phi.copy()}
         if self.directions is not None:
             out |= {
@@ -238,9 +251,9 @@ class CoreInner:
         return like if self.directions is None else like | {"directions": self.directions, "rng": np.array("")}
 
     def dynamics(self) -> Dynamics:
-        """Copies of the state, and the model's derivatives at any other one; nothing of the run moves by using them."""
-        self._on_host("dynamics")
-        state = TangentState(*(a.copy() for a in self._state))
+        """Copies of the state, and the model's derivatives at any other one; nothing of the run moves by using them.
+        Arrays are the host's: a run on a card brings them there and back."""
+        state = TangentState(*(np.array(self._device.read(a)) for a in self._state))
         return Dynamics(
             self.rule,
             state,
@@ -250,33 +263,29 @@ class CoreInner:
             self._groups,
             self._fixed,
             self._loss_names,
-            self._call,
-            self._outer,
+            self._grads_at,
+            self._outer_at,
             self._outer_hvp,
         )
 
     def linearise(self, batch: Any, val_batch: Any = None) -> Linearisation:
         """Gradients and Hessian-vector products at the current state, of the inner loss on `batch` and of the outer
-        loss on `val_batch` (default: `batch`).  The Hessian of the optimizer's own weight decay is not in it."""
-        self._on_host("linearise")
+        loss on `val_batch` (default: `batch`).  The Hessian of the optimizer's own weight decay is not in it.  Arrays are
+        the host's, wherever the run lives."""
         point, theta = self._prepare(self.phi).point, checks.locked(self.params)
         val_batch = batch if val_batch is None else val_batch
         empty = {n: point.seeds[n][:0] for n in self._loss_names}
-        _, grads = self._call(theta, point, self._still.Z, empty, batch)
+        _, grads = self._grads_at(theta, point, np.empty((0, theta.size), theta.dtype), empty, batch)
 
         def hvp(V: Array) -> Array:
             V = checks.rows("inner.linearise.hvp", V, theta)
             still = {n: np.zeros((len(V), *point.seeds[n].shape[1:])) for n in self._loss_names}
-            return self._call(theta, point, V, still, batch)[1].dG.copy()
+            return self._grads_at(theta, point, V, still, batch)[1].dG.copy()
 
         def outer_hvp(V: Array) -> Array:
             return self._outer_hvp(theta, point, checks.rows("inner.linearise.outer_hvp", V, theta), val_batch)
 
-        return Linearisation(grads.g.copy(), hvp, self._outer(theta, point, val_batch)[1].copy(), outer_hvp)
-
-    def _on_host(self, what: str) -> None:
-        if self._device.name != "cpu":
-            raise AdapterError(f"inner.{what}: works on the CPU only. Make the run with device='cpu'.")
+        return Linearisation(grads.g.copy(), hvp, self._outer_at(theta, point, val_batch)[1].copy(), outer_hvp)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -331,7 +340,7 @@ class CoreInner:
         chunk = self._chunk or len(Z)
         if len(Z) <= chunk:
             return self._call(theta, cache.point, Z, cache.along, batch)
-        dG = self._device.like(Z)
+        dG = self._device.empty(Z.shape, theta.dtype)
         for a in range(0, len(Z), chunk):
             part = {n: s[a : a + chunk] for n, s in cache.along.items()}
             loss, grads = self._call(theta, cache.point, Z[a : a + chunk], part, batch)
@@ -375,11 +384,24 @@ class CoreInner:
         dE = self._device.array(call, "dE_dtheta", out[1], theta.shape, theta.dtype)
         return self._device.number(call, "value", out[0]), dE, direct
 
+    # away from the run's own state, on arrays of the host
+
+    def _grads_at(
+        self, theta: Array, point: Point, Z: Array, dhyper: Mapping[str, Array], batch: Any
+    ) -> tuple[float, Grads]:
+        loss, grads = self._call(self._device.put(theta), point, self._device.put(Z), dhyper, batch)
+        return float(loss), Grads(*map(self._device.read, grads))
+
+    def _outer_at(self, theta: Array, point: Point, batch: Any) -> tuple[float, Array, dict[str, Array]]:
+        value, dE, direct = self._outer(self._device.put(theta), point, batch)
+        return value, self._device.read(dE), direct
+
     def _outer_hvp(self, theta: Array, point: Point, V: Array, batch: Any) -> Array:
-        exact = self.problem.outer_hvp
-        if exact is not None:
-            return np.array(exact(theta, self._hyper(point), V, batch))
-        return central_hvp(lambda th: self._outer(th, point, batch)[1], theta, V)
+        exact, put = self.problem.outer_hvp, self._device.put
+        if exact is None:
+            return central_hvp(lambda th: self._outer_at(th, point, batch)[1], theta, V)
+        out = exact(put(theta), self._hyper(point), put(V), batch)
+        return np.array(self._device.read(self._device.array("problem.outer_hvp", "result", out, V.shape, theta.dtype)))
 
 
 def central_hvp(gradient: Callable[[Array], Array], theta: Array, V: Array) -> Array:

@@ -15,13 +15,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from .batches import several
 from .errors import HyperparameterError, ShapeError, number, whole
-from .inner import Inner, require
+from .inner import Inner, mark, require
 from .problem import Array, Hypergradient
 
 
 @contextmanager
 def _kept(run: Inner) -> Iterator[None]:
-    before = run.snapshot()
+    before = mark(run)
     try:
         yield
     finally:

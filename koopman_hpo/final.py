@@ -52,6 +52,7 @@ def _run(tuner: Tuner, inner_batch: Callable[[int], Any], val_batch: Callable[[i
     while w.done < w.length and math.isfinite(w.loss):
         loss = tuner.inner.step(s.phi, inner_batch(s.used + w.done), tangents=False)
         w = w._replace(owed=loss).settled()
+    w = w.read()
     if math.isfinite(w.loss):
         value = tuner.inner.hypergradient(val_batch(w.number + 1)).value
     return s._replace(window=w, used=s.used + w.done, t=tuner.inner.t), value

@@ -6,7 +6,8 @@ in the space that the optimizer does not own are hyperparameters of the model's 
 Options that every factory takes: `groups`, lengths of the segments that a per-group hyperparameter is spread over
 (default: the problem's `segments`); `directions=s`, random tangent directions in place of all q (an unbiased estimate);
 `chunk`, directions handed to the model at a time; `seed` of the random directions; `device="cuda"` for a model whose arrays
-lie on an NVIDIA card.
+lie on an NVIDIA card; there, `tangents="bfloat16"` or `"float16"` keeps the tangents of float32 parameters in half of the
+memory, with two to three digits.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ Value = ArrayLike | None
 
 @runtime_checkable
 class Inner(Protocol):
-    """A training run as strategies and the tuner see it; they never look inside."""
+    """A training run as strategies and the tuner see it; they never look inside.
+
+    A run that does not live on the host may have `mark()` and `mark_params()` too: what `snapshot()` and `params` give,
+    kept where the run lives, so that going back moves nothing to the host.
+    """
 
     @property
     def space(self) -> Space: ...
@@ -46,6 +51,16 @@ class Inner(Protocol):
     def snapshot(self) -> dict[str, NDArray]: ...
     def restore(self, snapshot: Mapping[str, NDArray]) -> None: ...
     def linearise(self, batch: Any, val_batch: Any = None) -> Linearisation: ...
+
+
+def mark(run: Inner) -> dict[str, Any]:
+    """A snapshot to go back to, where the run lives if it can keep one there."""
+    return getattr(run, "mark", run.snapshot)()
+
+
+def mark_params(run: Inner) -> Any:
+    """(p,) the current parameters, where the run lives if it can keep them there."""
+    return run.mark_params() if hasattr(run, "mark_params") else run.params
 
 
 def require(call: str, run: Any, error: type[KoopmanHPOError] = AdapterError) -> None:
@@ -79,7 +94,7 @@ def sgd(
       problem: the model.  space: what to tune.
       lr, momentum, dampening, weight_decay: held fixed here unless in the space; a number or one a group.  Where
         neither, momentum, dampening and weight_decay are 0; lr must be given.
-      options: `groups`, `directions`, `chunk`, `seed`, `device` (see the module).
+      options: `groups`, `directions`, `chunk`, `seed`, `device`, `tangents` (see the module).
 
     Raises:
       HyperparameterError: an unknown name, a value outside its domain, one both tuned and fixed.

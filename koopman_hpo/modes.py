@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .inner import Inner
+from .inner import Inner, mark
 from .state import State
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 def begin_again(inner: Inner, snapshot: dict[str, NDArray]) -> None:
     """Back to a snapshot, with zero tangents and, where these are random, directions that were not drawn before."""
-    inner.restore(snapshot | {"rng": inner.snapshot()["rng"]} if inner.directions is not None else snapshot)
+    inner.restore(snapshot | {"rng": mark(inner)["rng"]} if inner.directions is not None else snapshot)
     inner.forget(0)
 
 
@@ -29,7 +29,7 @@ class Online:
         return min(tuner.window, tuner.steps - s.used)
 
     def start(self, tuner: Tuner) -> dict[str, NDArray]:
-        return tuner.inner.snapshot()
+        return mark(tuner.inner)
 
     def budget(self, tuner: Tuner) -> int:
         return tuner.steps

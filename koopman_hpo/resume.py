@@ -12,6 +12,7 @@ from . import settings
 from .errors import CheckpointError
 from .history import History
 from .outer import OuterState
+from .snapshots import hosted
 from .state import Best, State, Window, frozen
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ _SCALARS = ("t", "cut", "used", "reason", "value0", "value", "rollbacks", "norms
 
 def pack(tuner: Tuner) -> dict[str, Any]:
     """`{name: array}` and, under "meta", what goes into JSON."""
-    s, w, best = tuner.state, tuner.state.window, tuner.state.best
+    s, w = tuner.state, tuner.state.window.read()
+    best = None if s.best is None else s.best.read()
     meta = {
         "settings": settings.of(tuner),
         "scalars": {n: getattr(s, n) for n in _SCALARS},
@@ -32,15 +34,15 @@ def pack(tuner: Tuner) -> dict[str, Any]:
         "outer": s.outer.steps,
         "best": None if best is None else [best.value, best.steps],
     }
-    arrays = {f"inner/{k}": v for k, v in tuner.inner.snapshot().items()}
-    arrays |= {f"start/{k}": v for k, v in w.start.items()}
+    arrays = {f"inner/{k}": v for k, v in tuner.inner.snapshot().items()}  # first: it waits for a card
+    arrays |= {f"start/{k}": hosted(v) for k, v in w.start.items()}
     if w.start is not tuner.initial and tuner.mode == "restart":
         arrays |= {f"initial/{k}": v for k, v in tuner.initial.items()}
     arrays |= {f"history/{k}": v for k, v in tuner.history.arrays().items()}
     arrays |= {"phi": s.phi.copy(), "mean": s.outer.mean.copy(), "square": s.outer.square.copy()}
     arrays |= {"H": np.array(w.H).reshape(-1, s.phi.size)}
     if best is not None:
-        arrays |= {"best/phi": best.phi.copy(), "best/params": best.params.copy()}
+        arrays |= {"best/phi": best.phi.copy(), "best/params": best.params}
     return {"meta": meta, **arrays}
 
 

@@ -22,8 +22,9 @@ def check(call: str, snapshot: Any, like: Mapping[str, NDArray]) -> None:
         raise ShapeError(f"{call}: needs what snapshot() returned, got {type(snapshot).__name__}.")
     for name, array in like.items():
         got = snapshot.get(name)
-        if not (isinstance(got, np.ndarray) and got.shape == array.shape and _alike(got.dtype, array.dtype)):
-            came = f"{got.shape} of {got.dtype}" if isinstance(got, np.ndarray) else "nothing" if got is None else repr(got)
+        shape, dtype = getattr(got, "shape", None), getattr(got, "dtype", None)  # of NumPy, or of a card
+        if shape is None or tuple(shape) != tuple(array.shape) or not _alike(dtype, array.dtype):
+            came = repr(got) if shape is None else f"{tuple(shape)} of {dtype}"
             raise ShapeError(
                 f"{call}: {name} must be {array.shape} of {array.dtype}, got {came}. The snapshot belongs to another "
                 f"model, space or optimizer."
@@ -32,7 +33,12 @@ def check(call: str, snapshot: Any, like: Mapping[str, NDArray]) -> None:
         raise ShapeError(f"{call}: the snapshot is of random directions, this run follows all q. Give both the same.")
 
 
-def _alike(a: np.dtype, b: np.dtype) -> bool:
+def hosted(a: Any) -> NDArray:
+    """A copy on the host, from wherever it is kept."""
+    return a.copy_to_host() if hasattr(a, "copy_to_host") else np.array(a)
+
+
+def _alike(a: Any, b: np.dtype) -> bool:
     return a == b or a.kind == b.kind == "U"  # text of any length
 
 

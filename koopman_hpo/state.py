@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .outer import OuterState
+from .snapshots import hosted
 
 Array = NDArray[Any]
 
@@ -19,19 +20,23 @@ class Best(NamedTuple):
 
     value: float  # outer loss
     phi: Array  # (q,) that it ran with
-    params: NDArray  # (p,)
+    params: NDArray  # (p,); on a card, perhaps
     steps: int  # inner steps of its run
+
+    def read(self) -> Best:
+        """The same with parameters on the host."""
+        return self._replace(params=hosted(self.params))
 
 
 class Window(NamedTuple):
     """The window under way."""
 
-    start: dict[str, NDArray]  # snapshot to go back to
+    start: dict[str, NDArray]  # snapshot to go back to; on a card, perhaps
     number: int  # windows begun before
     length: int  # inner steps planned
     done: int = 0  # inner steps taken and settled
     first: float = math.nan  # inner loss before the first step
-    loss: float = 0.0  # sum of inner losses
+    loss: float = 0.0  # sum of inner losses; like the others a number on a card, perhaps, that nobody has waited for
     H: tuple[Array, ...] = ()  # hypergradients recorded, (q,) each
     owed: float | None = None  # inner loss of a step that is taken and not settled: its hypergradient failed, say
 
@@ -40,6 +45,11 @@ class Window(NamedTuple):
         assert self.owed is not None
         first = self.owed if self.done == 0 else self.first
         return self._replace(done=self.done + 1, first=first, loss=self.loss + self.owed, owed=None)
+
+    def read(self) -> Window:
+        """The window with numbers of the host: this waits for a card."""
+        owed = None if self.owed is None else float(self.owed)
+        return self._replace(first=float(self.first), loss=float(self.loss), owed=owed)
 
 
 class State(NamedTuple):

@@ -12,16 +12,17 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from .kernels.arrays import Coefficients, Grads, TangentState
 
 
-def init(params: NDArray, k: int, q: int, fill: float = 0.0) -> TangentState:
-    """The state before the first step: a copy of params (p,), slots filled with `fill`, tangents zero."""
+def init(params: NDArray, k: int, q: int, fill: float = 0.0, kept: DTypeLike | None = None) -> TangentState:
+    """The state before the first step: a copy of params (p,), slots filled with `fill`, tangents zero, kept in their dtype
+    or in another one."""
     p, dtype = params.size, params.dtype
-    slots = np.full((k, p), fill, dtype)
-    return TangentState(params.copy(), slots, np.zeros((q, p), dtype), np.zeros((k, q, p), dtype))
+    slots, kept = np.full((k, p), fill, dtype), dtype if kept is None else kept
+    return TangentState(params.copy(), slots, np.zeros((q, p), kept), np.zeros((k, q, p), kept))
 
 
 def still(state: TangentState) -> TangentState:

@@ -154,7 +154,8 @@ class Tuner:
     @property
     def result(self) -> Result:
         """What stands now; in mode `restart`, the best of the longest runs so far."""
-        s, best, params = self.state, self.state.best, self.inner.params
+        s, params = self.state, self.inner.params  # first: it waits for a card
+        best = None if s.best is None else s.best.read()
         value, phi = s.value, s.phi
         if self.mode == "restart" and best is not None:
             value, phi, params = best.value, best.phi, best.params
@@ -241,10 +242,13 @@ class Tuner:
         """What follows a step that was taken: nothing yet, a hypergradient, or the window's end; all of it or nothing."""
         loss, w = s.window.owed, s.window.settled()
         assert loss is not None
+        due = (w.length - w.done) % self.spacing(w.length) == 0  # counted from the end, so evenly spaced up to it
+        w = w.read() if due else w
+        seen = loss if isinstance(loss, float) else w.loss if due else 0.0  # a card is asked where the host waits anyway
         s = s._replace(used=s.used + 1, window=w)
-        if not math.isfinite(loss):
-            self._commit(closing.back(self, s, f"inner loss is {loss}"))
-        elif (w.length - w.done) % self.spacing(w.length) == 0:  # counted from the end, so evenly spaced up to it
+        if not math.isfinite(seen):
+            self._commit(closing.back(self, s, f"inner loss is {seen}"))
+        elif due:
             found = self.inner.hypergradient(val_batch)
             s = s._replace(window=w._replace(H=(*w.H, found.grad)))
             if w.done == w.length:

@@ -4,11 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from cuda_cases import ULP, opened, packed
 from koopman_hpo_adapters.numpy import mlp
 from numba import cuda
 
 from koopman_hpo import Space, devices, inner, log, logit
-from koopman_hpo.errors import AdapterError
+from koopman_hpo.errors import AdapterError, HyperparameterError, ShapeError
 from koopman_hpo.kernels.cuda import launch
 
 SPACES = {
@@ -30,23 +31,26 @@ def small(monkeypatch):
 
 def on_card(problem):
     """The same model with its arrays on the card."""
-    host = lambda a: a.copy_to_host()
+    host, wide = lambda a: a.copy_to_host(), lambda a: opened(a) if a.dtype.itemsize == 2 else a
 
     def grad_jvp(theta, hyper, Z, dhyper, batch):
-        loss, g, dG = problem.grad_jvp(host(theta), hyper, host(Z), dhyper, batch)
+        loss, g, dG = problem.grad_jvp(host(theta), hyper, wide(host(Z)), dhyper, batch)
         return loss, cuda.to_device(g), cuda.to_device(np.ascontiguousarray(dG))
 
     def outer(theta, hyper, batch):
         value, dE, direct = problem.outer(host(theta), hyper, batch)
         return value, cuda.to_device(dE), direct
 
-    return dataclasses.replace(problem, grad_jvp=grad_jvp, outer=outer)
+    def outer_hvp(theta, hyper, V, batch):
+        return cuda.to_device(problem.outer_hvp(host(theta), hyper, host(V), batch))
+
+    return dataclasses.replace(problem, grad_jvp=grad_jvp, outer=outer, outer_hvp=outer_hvp)
 
 
-def pair(name, dtype=np.float64, space=None, **options):
+def pair(name, dtype=np.float64, space=None, tangents=None, **options):
     model = mlp((2, 3, 2), dtype=dtype)
     make, space = getattr(inner, name), space or SPACES[name]
-    return make(model, space, **options), make(on_card(model), space, device="cuda", **options)
+    return make(model, space, **options), make(on_card(model), space, device="cuda", tangents=tangents, **options)
 
 
 def batches(n, dtype=np.float64):
@@ -114,6 +118,47 @@ def test_forgets_and_goes_back(rho):
     same(run, twin, first)
 
 
+@pytest.mark.parametrize("kept", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop"])
+def test_tangents_in_half_the_memory_are_those_of_a_run_that_rounds_them_each_step(name, kept):
+    stored = {"bfloat16": np.uint16, "float16": np.float16}[kept]
+    run, _ = pair(name, np.float32)
+    full, _ = pair(name, np.float32)
+    _, twin = pair(name, np.float32, tangents=kept, chunk=2)
+    data = batches(4, np.float32)
+    for batch in data:
+        for each in (run, full, twin):
+            each.step(each.space.phi0, batch)
+        for tangents in (run._state.Z, run._state.dslots):
+            tangents[...] = opened(packed(tangents, stored))
+    np.testing.assert_allclose(twin.params, run.params, rtol=1e-5, atol=1e-6)  # which no rounding has touched
+    size = np.abs(run.tangents).max()
+    np.testing.assert_allclose(twin.tangents, run.tangents, rtol=ULP[stored], atol=1e-5 * size)  # float32 tips a few over
+    assert twin.tangents.dtype == np.float32
+    assert twin.tangent_norm() == pytest.approx(np.linalg.norm(twin.tangents), rel=1e-6)
+    h, exact = twin.hypergradient(data[0]).grad, full.hypergradient(data[0]).grad
+    error = np.abs(h - exact).max() / np.abs(exact).max()
+    assert 1e-6 < error < len(data) * ULP[stored]  # half a unit a step, and what follows from it
+    start = twin.snapshot()
+    assert start["Z"].dtype == stored
+    twin.forget(0.5)
+    np.testing.assert_allclose(twin.tangents, opened(start["Z"]) / 2, atol=1e-7)
+    twin.restore(start)
+    np.testing.assert_array_equal(twin.snapshot()["Z"], start["Z"])
+    with pytest.raises(ShapeError, match="Z must be"):
+        full.restore(start)
+
+
+def test_half_precision_needs_a_card_and_single_precision():
+    model = mlp((2, 3, 2), dtype=np.float32)
+    with pytest.raises(HyperparameterError, match=r"float32 parameters on device 'cuda', got float32 on 'cpu'"):
+        inner.sgd(model, SPACES["sgd"], tangents="bfloat16")
+    with pytest.raises(HyperparameterError, match="got float64 on 'cuda'"):
+        pair("sgd", np.float64, tangents="float16")
+    with pytest.raises(HyperparameterError, match=r"tangents must be one of .*'bfloat16'.*got 'bf16'"):
+        inner.sgd(on_card(model), SPACES["sgd"], device="cuda", tangents="bf16")
+
+
 def test_coefficients_cross_to_the_card_only_when_they_change(monkeypatch):
     sent = []
     write = devices.Card.write
@@ -163,10 +208,24 @@ def test_a_diverged_start_is_refused():
         run.step(run.space.phi0, batches(1)[0])
 
 
-def test_what_works_on_the_host_only_says_so():
-    _, twin = pair("sgd")
-    with pytest.raises(AdapterError, match="CPU only"):
-        twin.linearise(batches(1)[0])
+@pytest.mark.parametrize("exact", [True, False])
+def test_derivatives_at_any_point_are_the_hosts(exact):
+    runs, (first, second) = pair("sgd"), batches(2)
+    V = np.random.default_rng(5).normal(size=(2, 17))
+    found = []
+    for run in runs:
+        if not exact:
+            run.problem = dataclasses.replace(run.problem, outer_hvp=None)
+        run.step(run.space.phi0, first)
+        here, there = run.linearise(first, second), run.dynamics()
+        loss, grads = there.grads(here.gradient, run.space.at(run.phi, 0), V, {"l2": np.ones(2)}, second)
+        products = here.hvp(V), here.outer_hvp(V), there.outer_hvp(here.gradient, run.space.at(run.phi, 0), V, second)
+        outer = there.outer(here.gradient, run.space.at(run.phi, 0), second)
+        found.append([here.gradient, here.outer_gradient, *products, loss, *grads, *outer[:2], *there.state])
+    for x, y in zip(*found, strict=True):
+        assert type(x) is type(y)
+        np.testing.assert_allclose(y, x, rtol=1e-10, atol=1e-10)
+    same(*runs, second)
 
 
 def test_everything_runs_on_the_stream_that_is_set(monkeypatch):

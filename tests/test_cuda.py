@@ -25,17 +25,42 @@ def simulated(*command):
     return done.stdout
 
 
-def test_every_kernel_and_run_under_the_simulator():
-    out = simulated("-m", "pytest", "-p", "no:cacheprovider", "tests/cuda_twins.py", "tests/cuda_runs.py")
+@pytest.mark.parametrize(
+    ("files", "least"), [(("cuda_twins.py", "cuda_runs.py"), 100), (("cuda_torch.py",), 20)], ids=["kernels", "torch"]
+)
+def test_every_kernel_and_run_under_the_simulator(files, least):
+    out = simulated("-m", "pytest", "-p", "no:cacheprovider", *(f"tests/{name}" for name in files))
     passed = re.search(r"^(\d+) passed in", out.splitlines()[-1])  # nothing skipped, nothing failed
     assert passed, out
-    assert int(passed[1]) > 100, out
+    assert int(passed[1]) > least, out
 
 
 def test_the_benchmark_proves_its_kernels_under_the_simulator():
     out = simulated("benchmarks/gpu.py", "--smoke")
     assert "all kernels agree with float64 NumPy" in out, out
+    assert "runs under HyperOptimizer agree with those on the CPU" in out, out
+    for name in (
+        "sgd, p = 1e+03, q = 3",
+        "adam, compiled",
+        "ms_adapter_record",
+        "step_to_floor",
+        "adapter_to_floor",
+        "MLP (8, 16, 4)",
+    ):
+        assert name in out.split("bars")[0], name
+    assert "ResNet-18, tiny, adapter_to_floor" in out.split("bars")[1]
     assert out.endswith("are not kept.\n"), out
+
+
+def test_the_benchmark_says_what_it_needs():
+    env = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
+    command = [sys.executable, "benchmarks/gpu.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent, check=False)
+    if "a copy makes" in done.stdout:
+        pytest.skip("there is a card")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(r"(?s)^gpu.py: .*NVIDIA card.*pip install .*extras cuda, torch and test.*--smoke", done.stderr)
 
 
 def kernels(module):

@@ -23,7 +23,7 @@ from ._jax_compiled import FIXED, Frozen, Lifted, Track, gradient, hessian_produ
 from ._jax_contract import expect_function, expect_real
 from ._jax_functions import Carry, Point, init, point
 from ._jax_optax import TrainStep
-from ._jax_tree import is_array, loaded, owned, real, same_form, stacked, stored
+from ._jax_tree import is_array, kept, loaded, owned, real, same_form, stacked, stored
 
 LONGEST = 256  # steps whose batches are put together for one scan: memory does not grow with the run
 
@@ -258,12 +258,20 @@ class JaxInner:
 
     def snapshot(self) -> dict[str, NDArray]:
         """Everything that a resumed run needs, as plain arrays; PRNG keys by their data."""
-        out = {f"state/{i}": stored(x) for i, x in enumerate(self.carry.state)}
-        out |= {f"Z/{i}": stored(z) for i, z in enumerate(self.carry.tangents) if z is not None}
+        return {name: stored(x) for name, x in self.mark().items()}
+
+    def mark(self) -> dict[str, Any]:
+        """A snapshot of JAX's own arrays, where they are, with nothing copied: to go back to, and not for files."""
+        out = {f"state/{i}": kept(x) for i, x in enumerate(self.carry.state)}
+        out |= {f"Z/{i}": kept(z) for i, z in enumerate(self.carry.tangents) if z is not None}
         out |= {"t": np.array(self.t), "phi": self.phi.copy()}
         if self.directions is None:
             return out
         return out | {"directions": self.directions.copy(), "rng": snapshots.stored(self._rng)}
+
+    def mark_params(self) -> Any:
+        """`params` where they are."""
+        return jnp.concatenate([self.carry.state[i].ravel() for i in self._where])
 
     def restore(self, snapshot: Mapping[str, NDArray]) -> None:
         """Go back to a snapshot of a run of the same model, space and optimizer.
@@ -271,7 +279,7 @@ class JaxInner:
         Raises:
           ShapeError: it lacks an array or holds one of another shape or dtype; the run is then as before.
         """
-        snapshots.check("jax.inner.restore", snapshot, self.snapshot())
+        snapshots.check("jax.inner.restore", snapshot, self.mark())
         state, Z, _ = self.carry
         state = [loaded(snapshot[f"state/{i}"], x) for i, x in enumerate(state)]
         Z = [None if z is None else loaded(snapshot[f"Z/{i}"], z) for i, z in enumerate(Z)]
@@ -315,7 +323,8 @@ class JaxInner:
         t = self._t if t is None else t
         key = (phi.tobytes(), t if self.space.scheduled else 0)
         if self._cache is None or self._cache[0] != key:
-            self._cache = (key, point(self.space, phi, t, self._dtype))
+            at = point(self.space, phi, t, self._dtype)
+            self._cache = (key, at if self.space.scheduled else jax.device_put(at))  # what stays crosses once
         return phi, self._cache[1]
 
     def _draw(self) -> None:

@@ -60,13 +60,20 @@ def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def kept(x: Any) -> Any:
+    """As a file could hold it, where it is: keys by their data, bfloat16 and its like by their bits."""
+    x = jax.random.key_data(x) if _is_key(x) else x
+    if np.dtype(x.dtype).kind != "V":
+        return x
+    return (x if real(x) else np.asarray(x)).view(f"u{x.dtype.itemsize}")  # JAX cannot widen an int4
+
+
 def stored(x: Any) -> NDArray:
-    """As NumPy's own dtypes: keys by their data, bfloat16 and its like by their bits."""
-    a = np.asarray(jax.random.key_data(x) if _is_key(x) else x)
-    return a.view(f"u{a.dtype.itemsize}") if a.dtype.kind == "V" else a
+    """What was `kept`, as an array of NumPy's that JAX does not write to."""
+    return np.array(x)
 
 
-def loaded(a: NDArray, like: Any) -> Any:
+def loaded(a: Any, like: Any) -> Any:
     if _is_key(like):
         x = jax.random.wrap_key_data(jnp.array(a), impl=jax.random.key_impl(like))
     else:

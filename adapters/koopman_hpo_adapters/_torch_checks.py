@@ -6,13 +6,13 @@ import gc
 import weakref
 from typing import Any
 
-import numpy as np
 import torch
 
 from koopman_hpo import HyperparameterError
 from koopman_hpo.errors import AdapterError, number, short
 
-_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+_PLACES = ("cpu", "cuda")
+_DTYPES = (torch.float32, torch.float64)
 
 
 def wrapping(call: str, opt: Any, losses: dict[str, Any], module: Any, clip_norm: Any, generators: Any) -> None:
@@ -26,24 +26,25 @@ def wrapping(call: str, opt: Any, losses: dict[str, Any], module: Any, clip_norm
         number(call, "clip_norm", clip_norm, "above 0", 0, open_low=True, open_high=True)
     if not all(isinstance(g, torch.Generator) for g in generators):
         raise AdapterError(f"{call}: generators must be torch.Generators, got {short(generators)}.")
-    dtype = opt.param_groups[0]["params"][0].dtype
+    first = opt.param_groups[0]["params"][0]
     for group in opt.param_groups:
         params = [p for p in group["params"] if p.requires_grad]
         if not params:
             raise AdapterError(f"{call}: a param group has no parameter that requires a gradient. Leave the group out.")
         for p in params:
-            _parameter(call, p, dtype, opt.state.get(p, {}))
+            _parameter(call, p, first, opt.state.get(p, {}))
     if module is not None:
         known = {id(p) for p in module.parameters()}
         if not any(id(p) in known for group in opt.param_groups for p in group["params"]):
             raise AdapterError(f"{call}: the optimizer trains no parameter of the model. Give the model that it trains.")
 
 
-def _parameter(call: str, p: torch.Tensor, dtype: torch.dtype, state: Any) -> None:
-    if p.device.type != "cpu" or p.dtype not in _DTYPES or p.dtype != dtype or p.layout != torch.strided:
+def _parameter(call: str, p: torch.Tensor, first: torch.Tensor, state: Any) -> None:
+    alike = (p.device, p.dtype, p.layout) == (first.device, first.dtype, torch.strided)
+    if p.device.type not in _PLACES or p.dtype not in _DTYPES or not alike:
         raise AdapterError(
-            f"{call}: parameters must be dense, on the CPU, of one dtype, float32 or float64, got {p.dtype} on {p.device} "
-            f"beside {dtype}. Convert the model before making the optimizer."
+            f"{call}: parameters must be dense, on the CPU or on one CUDA device, of one dtype, float32 or float64, got "
+            f"{p.dtype} on {p.device} beside {first.dtype} on {first.device}. Convert the model, then make the optimizer."
         )
     if float(state.get("step", 0)) != 0 or state.get("momentum_buffer") is not None:
         raise AdapterError(f"{call}: the optimizer has taken steps already. Wrap it fresh.")
@@ -81,5 +82,5 @@ class Scales:
             if scaler is not None and scaler._scale is factor:
                 raise AdapterError(
                     f"{call}: the loss was scaled by a GradScaler, which would have to unscale a gradient that is not "
-                    f"there. Pass the loss itself; on the CPU use autocast with bfloat16, which needs no scaling."
+                    f"there. Pass the loss itself; use autocast with bfloat16, which needs no scaling."
                 )

@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from koopman_hpo.errors import AdapterError
-from koopman_hpo.problem import Array
 
 from ._torch_forward import Columns, Walk
 from ._torch_rules import Unknown
@@ -52,7 +50,7 @@ class Graph:
     def __init__(self, inputs: Sequence[torch.Tensor], chunk: int | None = None):
         self.inputs, self.path, self._chunk = tuple(inputs), "", chunk
         self.handles = RemovableHandle.next_id
-        self._one = torch.ones((), dtype=self.inputs[0].dtype)
+        self._one = torch.ones((), dtype=self.inputs[0].dtype, device=self.inputs[0].device)
         self._p, self._loops = sum(i.numel() for i in inputs), False
         self._dtypes = {i.dtype for i in inputs}
 
@@ -67,7 +65,7 @@ class Graph:
     @torch.no_grad()
     def _forward(self, loss: torch.Tensor, along: Columns, out: Columns) -> Grads | None:
         """The same by forward over reverse, or None where that does not know the graph."""
-        if self.handles != RemovableHandle.next_id or self._dtypes != {loss.dtype}:
+        if self.handles != RemovableHandle.next_id or self._dtypes != {loss.dtype} or along[0].dtype != loss.dtype:
             return None
         n, grads = len(self.inputs), None
         try:
@@ -128,7 +126,8 @@ class Graph:
         if not self._loops and len(along[0]) * self._p <= _SMALL:
             batch: dict[str, Any] = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
             try:
-                write(out, torch.autograd.grad(outputs, inputs, along, **batch))
+                columns = [c.to(g.dtype) for g, c in zip(outputs, along, strict=True)]
+                write(out, torch.autograd.grad(outputs, inputs, columns, **batch))
                 self.say(BATCHED)
                 return
             except RuntimeError as error:
@@ -136,6 +135,8 @@ class Graph:
                 self._loops = True
         try:
             for row, into in zip(_rows(along), _rows(out), strict=True):
+                if row[0].dtype != outputs[0].dtype:  # tangents in half precision: one direction at a time is widened
+                    row = tuple(r.to(g.dtype) for r, g in zip(row, outputs, strict=True))  # noqa: PLW2901
                 write(into, _pull(outputs, row, inputs, True, False))
         except RuntimeError as error:
             raise NotTwice(str(error).splitlines()[0]) from error
@@ -213,13 +214,13 @@ def _advice(said: str) -> str:
     return f"the loss has no gradient. torch says: {said}"
 
 
-def clipped(g: Array, dG: Array, limit: float) -> None:
-    """Clip g (p,) to a norm as torch's `clip_grad_norm_` does, and dG (q, p) with it, both in place."""
-    norm = float(np.linalg.norm(g))
+def clipped(g: torch.Tensor, dG: torch.Tensor, limit: float) -> None:
+    """Clip g (p,) to a norm as torch's `clip_grad_norm_` does, and dG (q, p) with it, both in place; no card is read."""
+    norm = torch.linalg.vector_norm(g)
     scale = limit / (norm + 1e-6)
-    if scale >= 1 or not np.isfinite(norm):
+    long = (scale < 1) & norm.isfinite()
+    if g.device.type == "cpu" and not long:  # reading costs nothing here
         return
     slope = (dG @ g) * (scale / ((norm + 1e-6) * norm))  # -d scale along each tangent
-    dG *= dG.dtype.type(scale)
-    dG -= np.outer(slope, g)
-    g *= g.dtype.type(scale)
+    dG.mul_(torch.where(long, scale, 1)).sub_(torch.where(long, torch.outer(slope, g), 0))
+    g.mul_(torch.where(long, scale, 1))

@@ -47,10 +47,10 @@ class TorchInner(CoreInner):
         problem = Problem(memory.flat(), *derivatives, frozenset(names), memory.segments, self._outer_hvps)
         own = [n for n in plan.rule.defaults if n not in space]
         fixed = {n: np.array([options.read(group, n) for group in opt.param_groups]) for n in own}
-        super().__init__(problem, space, plan.rule, fixed, **settings)
+        super().__init__(problem, space, plan.rule, fixed, device=memory.device, **settings)
         self._plain, self._kernel = self._kernel, self._update
-        memory.move_in(self._state)
-        hyper = {n: owned[n] if n in owned else _tensor(space, n, memory.params[0].dtype) for n in names}
+        memory.move_in()
+        hyper = {n: owned[n] if n in owned else _tensor(space, n, memory.params[0]) for n in names}
         self.losses = Losses(source, memory, hyper, len(self._state.Z), chunk)
         self._part: Part | None = None
         self._used: list[bool] = []
@@ -95,7 +95,9 @@ class TorchInner(CoreInner):
         cache, Z = self._prepare(phi), self._seen.Z if tangents else self._seen.none
         along = cache.along if tangents else {n: s[:0] for n, s in cache.along.items()}
         part = self.losses.train(batch, Z, along, own=True)
-        self._part = _sum(self._part, part._replace(rows=part.rows.copy()))
+        kept = self.memory.room(len(Z))
+        kept.flat.copy_(part.room.flat)
+        self._part = _sum(self._part, part._replace(room=kept))
         return part.loss
 
     def drop(self) -> None:
@@ -122,6 +124,9 @@ class TorchInner(CoreInner):
     def snapshot(self) -> dict[str, NDArray]:
         return super().snapshot() | self._own()
 
+    def mark(self) -> dict[str, Any]:
+        return super().mark() | self._own()
+
     def restore(self, snapshot: Mapping[str, NDArray]) -> None:
         super().restore(snapshot)
         self.memory.counts[:] = snapshot["counts"]
@@ -141,7 +146,8 @@ class TorchInner(CoreInner):
         world = self.losses.world()
         out = self.losses.statistics.snapshot() | {"counts": self.memory.counts.copy()}
         out |= {f"random/{i}": state.numpy().copy() for i, state in enumerate(world.random)}
-        return out | {f"buffer/{n}": b.numpy().copy() for n, b in zip(self.losses.buffers(), world.buffers, strict=True)}
+        buffers = zip(self.losses.buffers(), world.buffers, strict=True)
+        return out | {f"buffer/{n}": b.cpu().numpy().copy() for n, b in buffers}
 
     def __getstate__(self) -> dict[str, Any]:
         raise AdapterError(
@@ -157,7 +163,8 @@ class TorchInner(CoreInner):
         else:
             for count in np.unique(counts[used]):
                 cuts = [b for b, n, u in zip(self.memory.blocks, counts, used, strict=True) if u and n == count]
-                self._plain(grads, self._at_count(coefficients, int(count) + 1), np.concatenate(cuts), flag, work, state)
+                mine = self._device.put(np.concatenate(cuts))
+                self._plain(grads, self._at_count(coefficients, int(count) + 1), mine, flag, work, state)
         counts += used
         if len(state.Z):
             self.losses.statistics.advance()
@@ -179,17 +186,17 @@ class TorchInner(CoreInner):
         if theta is not self._seen.theta:
             with self.losses.elsewhere(theta, hyper, again):
                 part = self.losses.train(batch, Z, dhyper, own=False)
-            return part.loss, part.rows[0], part.rows[1:]
+            return part.loss, *part.room.arrays
         if again:
             self.losses.set_hyper(hyper)
         part = self._part if batch is None and self._part else self.losses.train(batch, Z, dhyper, own=True)
         part = part if batch is None else _sum(self._part, part)
         if not all(part.used):
             self.losses.check_module()
-        self._used, g, dG = list(part.used), part.rows[0], part.rows[1:]
+        self._used = list(part.used)
         if self._clip is not None:
-            clipped(g, dG, self._clip)
-        return part.loss, g, dG
+            clipped(part.room.flat[0], part.room.flat[1:], self._clip)
+        return part.loss, *part.room.arrays
 
     def _outer_gradients(self, theta: Array, hyper: Any, batch: Any) -> tuple[float, Array, dict[str, Array]]:
         if theta is self._seen.theta:
@@ -203,13 +210,13 @@ class TorchInner(CoreInner):
 
 
 def _sum(one: Part | None, two: Part) -> Part:
-    """Both losses in one; the second's rows are written over."""
+    """Both losses in one; the second's room is written over."""
     if one is None:
         return two
-    two.rows[...] += one.rows
-    return Part(one.loss + two.loss, two.rows, [a or b for a, b in zip(one.used, two.used, strict=True)])
+    two.room.flat.add_(one.room.flat)
+    return Part(one.loss + two.loss, two.room, [a or b for a, b in zip(one.used, two.used, strict=True)])
 
 
-def _tensor(space: Space, name: str, dtype: torch.dtype) -> torch.Tensor:
+def _tensor(space: Space, name: str, like: torch.Tensor) -> torch.Tensor:
     h = space[name]
-    return torch.tensor(h.value[0] if h.knots else h.value, dtype=torch.float64).to(dtype).requires_grad_()
+    return torch.tensor(h.value[0] if h.knots else h.value, dtype=torch.float64).to(like.detach()).requires_grad_()

@@ -42,8 +42,8 @@ class Source(NamedTuple):
 class Part(NamedTuple):
     """Gradient and tangents of one loss; several may add up to a step."""
 
-    loss: float
-    rows: Array  # (1 + q, p): the gradient, then its tangents
+    loss: Any  # a float, or a tensor that nobody has waited for
+    room: Buffer  # the gradient, then its tangents
     used: Sequence[bool]  # (n,) which parameters the loss depends on
 
 
@@ -67,8 +67,8 @@ class Losses:
         self.statistics, self.share = Statistics(source.module, s), np.zeros(s)
         self.graph = Graph([*memory.params, *hyper.values()], chunk)
         self._size = 0 if source.module is None else len(list(source.module.parameters()))
-        dtype = memory.theta.numpy().dtype
-        self._rooms = {q: Buffer(memory.shapes, q, dtype) for q in (0, s)}
+        self._rooms = {q: memory.room(q) for q in (0, s)}
+        self._written: dict[str, tuple[bytes, int]] = {}
         self._Z = cut(memory.Z, memory.shapes)
         self._math = self._differ = self._probing = self._looked = False
 
@@ -80,12 +80,13 @@ class Losses:
 
     def world(self) -> World:
         """Copies of the random states and the model's buffers."""
-        random = [torch.get_rng_state(), *(g.get_state() for g in self._source.generators)]
+        random = [*self._memory.device.random(), *(g.get_state() for g in self._source.generators)]
         return World(random, [b.detach().clone() for b in self.buffers().values()])
 
     def back_to(self, world: World) -> None:
-        torch.set_rng_state(world.random[0])
-        for generator, state in zip(self._source.generators, world.random[1:], strict=True):
+        n = len(world.random) - len(self._source.generators)
+        self._memory.device.set_random(world.random[:n])
+        for generator, state in zip(self._source.generators, world.random[n:], strict=True):
             generator.set_state(state)
         for b, kept in zip(self.buffers().values(), world.buffers, strict=True):
             b.data.copy_(kept)  # not b itself: a graph that holds it would be refused by backward
@@ -98,16 +99,17 @@ class Losses:
         """Write the loss hyperparameters' natural values, where they are others."""
         for name, h in self.hyper.items():
             value = _value(values[name], h)
-            if not torch.equal(value, h.detach()):
+            if self._written.get(name) != (key := value.numpy().tobytes(), h._version):
                 with torch.no_grad():
-                    h.copy_(value)
+                    h.copy_(value, non_blocking=True)
+                self._written[name] = key, h._version
 
     @contextmanager
     def hyper_at(self, values: Mapping[str, Any]) -> Iterator[None]:
         """Within, the loss hyperparameters have other values; graphs made before stay good."""
         kept = [h.detach().clone() for h in self.hyper.values()]
         for name, h in self.hyper.items():
-            h.data.copy_(_value(values[name], h))
+            h.data.copy_(_value(values[name], h), non_blocking=True)
         try:
             yield
         finally:
@@ -117,9 +119,9 @@ class Losses:
     @contextmanager
     def elsewhere(self, theta: Array, hyper: Mapping[str, Any], again: bool) -> Iterator[None]:
         """Within, the model has other parameters; after, everything is as before."""
-        now = self._memory.theta.numpy()
-        kept, world = now.copy(), self.world()
-        if not again and not np.array_equal(theta, now):
+        now, at = self._memory.theta, self._memory.device.tensor(theta)
+        kept, world = now.clone(), self.world()
+        if not again and not torch.equal(at, now):
             raise AdapterError(
                 f"{_CALL}: derivatives away from the current parameters need the loss as a function, `lambda: loss`, "
                 f"not its graph."
@@ -127,11 +129,11 @@ class Losses:
         self._probing = True
         try:
             with self.statistics.apart(on=False), self.hyper_at(hyper):
-                now[:] = theta
+                now.copy_(at)
                 yield
         finally:
             self._probing = False
-            now[:] = kept
+            now.copy_(kept)
             self.back_to(world)
 
     # -- training loss -------------------------------------------------------------------------------------------------
@@ -141,12 +143,12 @@ class Losses:
 
         The result is of the moment: the next call writes over it, unless it was asked for `elsewhere`.
         """
-        room = Buffer(self._memory.shapes, len(Z), Z.dtype) if self._probing else self._rooms[len(Z)]
+        room = self._memory.room(len(Z)) if self._probing else self._rooms[len(Z)]
         if not len(Z):
             return self._by_graph(batch, None, room)
         if self._differ:
             return self._by_differences(batch, Z, dhyper, room)
-        along = self._Z if own else cut(torch.from_numpy(np.array(Z)), self._memory.shapes)
+        along = self._Z if own else cut(self._memory.device.tensor(Z), self._memory.shapes)
         along = [*along, *(_column(dhyper[name], len(Z), h) for name, h in self.hyper.items())]
         before = self.world() if self._source.again(batch) and not self.graph.path else None
         try:
@@ -181,7 +183,7 @@ class Losses:
         else:
             grads = self.graph.both(loss, along, room.dG)
         write(room.g, grads[:n])
-        return Part(float(loss.detach()), room.flat, [g is not None for g in grads[:n]])
+        return Part(self._memory.device.loss(loss), room, [g is not None for g in grads[:n]])
 
     def _with_statistics(self, loss: torch.Tensor, seen: Sequence[Seen], along: Columns, out: Columns) -> Grads:
         """The same through BatchNorm's running statistics."""
@@ -190,7 +192,7 @@ class Losses:
             for call in moved:
                 loss = loss + call.term  # type: ignore[operator]
         grads = self.graph.gradient(loss, [c.zero for c in fixed], double=True)
-        news = [torch.empty((len(along[0]), *c.zero.shape), dtype=c.zero.dtype) for c in moved]
+        news = [c.zero.new_empty((len(along[0]), *c.zero.shape), requires_grad=False) for c in moved]
         along = [*along, *(self.statistics.tangents[c.layer] for c in fixed)]
         self.graph.push(grads, along, [*self._memory.params, *(c.zero for c in moved)], [*out, *news])
         self.statistics.due(moved, news)
@@ -201,23 +203,24 @@ class Losses:
             raise AdapterError(f"{_CALL}.step: central differences cannot follow BatchNorm's running statistics.")
         if not self._source.again(batch):
             raise NotTwice("this loss came as a graph.")
-        before, now = self.world(), self._memory.theta.numpy()
-        theta, hyper = now.copy(), {n: h.detach().numpy().astype(np.float64) for n, h in self.hyper.items()}
+        before, now, Z = self.world(), self._memory.theta, self._memory.device.read(Z)
+        theta, hyper = now.cpu().numpy().copy(), {n: _natural(h) for n, h in self.hyper.items()}
 
         def gradient(at: Array, values: Mapping[str, Any]) -> Array:
-            now[:] = at
+            now.copy_(torch.from_numpy(at))
             self.set_hyper(values)
             self.back_to(before)
-            into = Buffer(self._memory.shapes, 0, Z.dtype)
-            return self._by_graph(batch, None, into).rows[0]
+            return self._by_graph(batch, None, self._memory.room(0)).room.flat[0].cpu().numpy()
 
         try:
+            found = np.empty((len(Z), theta.size), theta.dtype)
             for j, z in enumerate(Z):
-                differences(gradient, theta, hyper, z, {n: d[j] for n, d in dhyper.items()}, room.flat[1 + j])
+                differences(gradient, theta, hyper, z, {n: d[j] for n, d in dhyper.items()}, found[j])
+            room.flat[1:].copy_(torch.from_numpy(found))
             if len(Z) and not self.graph.path:
-                self._report(gradient, theta, hyper, Z[0], {n: d[0] for n, d in dhyper.items()}, room.flat[1])
+                self._report(gradient, theta, hyper, Z[0], {n: d[0] for n, d in dhyper.items()}, found[0])
         finally:
-            now[:] = theta
+            now.copy_(torch.from_numpy(theta))
             self.set_hyper(hyper)
             self.back_to(before)
         return self._by_graph(batch, None, room)
@@ -249,12 +252,12 @@ class Losses:
             loss = self._outer_loss(batch)
             seen = self.statistics.take()
             grads = self.graph.gradient(loss, [c.zero for c in seen], double=False)
-        into = Buffer(self._memory.shapes, 0, self._memory.theta.numpy().dtype)
+        into = self._memory.room(0)
         write(into.g, grads[:n])
         hyper = zip(self.hyper, grads[n : n + len(self.hyper)], strict=True)
-        direct = {name: g.detach().numpy().astype(np.float64) for name, g in hyper if g is not None}
+        direct = {name: _natural(g) for name, g in hyper if g is not None}
         self.share = self.statistics.pull(seen, grads[n + len(self.hyper) :])
-        return float(loss.detach()), into.flat[0], direct
+        return float(loss.detach()), into.arrays[0], direct
 
     def _outer_loss(self, batch: Any) -> torch.Tensor:
         self.check_module()
@@ -271,15 +274,16 @@ class Losses:
 
     def outer_hvp(self, theta: Array, hyper: Mapping[str, Any], V: Array, batch: Any) -> Array:
         """(n, p) Hessian of the outer loss at theta times each row of V (n, p)."""
-        into = Buffer(self._memory.shapes, len(V), V.dtype)
+        into = self._memory.room(len(V))
         try:
             with self.graph.apart(), self.elsewhere(theta, hyper, True):
-                along = cut(torch.from_numpy(np.array(V)), self._memory.shapes)
+                along = cut(self._memory.device.tensor(V), self._memory.shapes)
                 along = [*along, *(h.new_zeros((len(V), *h.shape)) for h in self.hyper.values())]
                 self.graph.both(self._outer_loss(batch), along, into.dG)
-            return into.flat[1:]
+            return into.arrays[1]
         except NotTwice:
-            return central_hvp(lambda at: self._outer_at(at, hyper, batch), theta, V)
+            put, read = self._memory.device.put, self._memory.device.read
+            return put(central_hvp(lambda at: read(self._outer_at(put(at), hyper, batch)), read(theta), read(V)))
 
     def _outer_at(self, theta: Array, hyper: Mapping[str, Any], batch: Any) -> Array:
         with self.elsewhere(theta, hyper, True):
@@ -293,7 +297,13 @@ def _value(value: Any, h: torch.Tensor) -> torch.Tensor:
 
 def _column(tangents: Array, q: int, h: torch.Tensor) -> torch.Tensor:
     """(q, *shape) tangents of a loss hyperparameter in its dtype."""
-    return torch.as_tensor(np.array(tangents), dtype=h.dtype).reshape(q, *h.shape)
+    rows = torch.as_tensor(np.array(tangents), dtype=h.dtype).reshape(q, *h.shape)
+    return rows.to(h.device, non_blocking=True)
+
+
+def _natural(h: torch.Tensor) -> Array:
+    """A copy on the host, float64."""
+    return h.detach().cpu().numpy().astype(np.float64)
 
 
 def scalar(call: str, loss: Any) -> torch.Tensor:

@@ -13,21 +13,26 @@ import torch
 
 from koopman_hpo import Space, tangent
 from koopman_hpo.errors import AdapterError
-from koopman_hpo.kernels.arrays import TangentState
 from koopman_hpo.problem import Array
 
+from . import _torch_device as devices
 from . import _torch_options as options
 
+Device = devices.OnHost | devices.OnCard
 _CALL = "HyperOptimizer"
 
 
 class Buffer:
-    """Room for a gradient and q tangents: `flat` (1 + q, p), and views of it in the parameters' shapes."""
+    """Room for a gradient and q tangents: `flat` (1 + q, p) on a device, and views of it.
 
-    def __init__(self, shapes: list[torch.Size], q: int, dtype: Any):
-        self.flat = np.empty((1 + q, sum(s.numel() for s in shapes)), dtype)
-        flat = torch.from_numpy(self.flat)
-        self.g, self.dG = cut(flat[0], shapes), cut(flat[1:], shapes)
+    Attributes:
+      g, dG: the gradient in the parameters' shapes, and its tangents, (q, *shape) each.  arrays: both, as the kernels take them.
+    """
+
+    def __init__(self, device: Device, shapes: list[torch.Size], q: int, dtype: torch.dtype):
+        self.flat = torch.empty((1 + q, sum(s.numel() for s in shapes)), dtype=dtype, device=device.place)
+        self.g, self.dG = cut(self.flat[0], shapes), cut(self.flat[1:], shapes)
+        self.arrays = device.view(self.flat[0]), device.view(self.flat[1:])
 
 
 def cut(flat: torch.Tensor, shapes: list[torch.Size]) -> list[torch.Tensor]:
@@ -44,6 +49,7 @@ class Memory:
       counts: (n,) steps that each has taken: torch skips one that a step does not use.
       even: whether all have taken every step.
       blocks: for each parameter its runs (group, start, stop), as kernels take them.
+      device: where they live, all of them.  dtype: theirs.
     """
 
     def __init__(self, opt: torch.optim.Optimizer, plan: options.Plan, space: Space):
@@ -52,8 +58,9 @@ class Memory:
         self._frozen = [p for group in opt.param_groups for p in group["params"] if not p.requires_grad]
         self.params = [p for group in self.groups for p in group]
         self.shapes = [p.shape for p in self.params]
+        self.device, self.dtype = devices.of(self.params[0].device), self.params[0].dtype
         self.counts, self.even = np.zeros(len(self.params), np.int64), True
-        self._steps = torch.zeros(len(self.params))
+        self._steps = torch.zeros(len(self.params))  # on the CPU, where torch keeps them too
         cuts = tangent.blocks(tuple(s.numel() for s in self.shapes))
         group = np.repeat(np.arange(len(self.groups)), [len(g) for g in self.groups])
         of = [cuts[cuts[:, 0] == i] for i in range(len(group))]
@@ -61,17 +68,21 @@ class Memory:
 
     def flat(self) -> Array:
         """(p,) a copy of the parameters."""
-        return np.concatenate([p.detach().numpy().ravel() for p in self.params])
+        return np.concatenate([p.detach().cpu().numpy().ravel() for p in self.params])
 
     @property
     def segments(self) -> tuple[int, ...]:
         """Parameters in each group."""
         return tuple(sum(p.numel() for p in group) for group in self.groups)
 
-    def move_in(self, state: TangentState) -> None:
+    def room(self, q: int) -> Buffer:
+        """A new buffer beside the parameters."""
+        return Buffer(self.device, self.shapes, q, self.dtype)
+
+    def move_in(self) -> None:
         """Make every parameter, and every slot that torch would keep, a view of the engine's arrays."""
-        self.theta, self.Z = (torch.from_numpy(a) for a in (state.theta, state.Z))
-        slots, self._states = cut(torch.from_numpy(state.slots), self.shapes), []
+        self.theta, flat, self.Z, _ = self.device.tensors
+        slots, self._states = cut(flat, self.shapes), []
         for i, (p, place) in enumerate(zip(self.params, cut(self.theta, self.shapes), strict=True)):
             p.data, p.grad = place, None
             group = next(

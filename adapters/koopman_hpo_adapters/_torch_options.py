@@ -34,7 +34,7 @@ def plan(opt: Any) -> Plan:
     groups, kind = opt.param_groups, type(opt)
     for name in _REFUSED:
         if any(group.get(name) for group in groups):
-            raise AdapterError(f"{_CALL}: {name}=True is not supported. Leave it out: the fused CPU kernels do the update.")
+            raise AdapterError(f"{_CALL}: {name}=True is not supported. Leave it out: fused kernels do the update.")
     if kind is torch.optim.SGD:
         return Plan(optimizers.sgd(_same(groups, "nesterov")), ("momentum_buffer",), False)
     if kind in (torch.optim.Adam, torch.optim.AdamW):
@@ -104,7 +104,7 @@ def _entry(name: str, how: Any, groups: list[dict[str, Any]], rule: Rule, owned:
     tensor, make = how if isinstance(how, tuple) and len(how) == 2 and isinstance(how[0], torch.Tensor) else (how, None)
     if isinstance(tensor, torch.Tensor):
         owned[name] = _owned(name, tensor, groups, rule)
-        value = tensor.detach().numpy().astype(np.float64)
+        value = tensor.detach().cpu().numpy().astype(np.float64)
         return _start(name, value, make or (log if (value > 0).all() else identity))
     if name not in rule.defaults:
         known = sorted(rule.defaults)
@@ -138,10 +138,11 @@ def _owned(name: str, tensor: torch.Tensor, groups: list[dict[str, Any]], rule: 
     """A tensor of the user's loss, made ready to be differentiated."""
     if name in rule.defaults:
         raise HyperparameterError(f"{_CALL}: {name} belongs to {rule.name}, got a tensor for it. Rename the loss's.")
-    if not tensor.is_leaf or not tensor.is_floating_point() or tensor.dim() > 1 or tensor.device.type != "cpu":
+    place = groups[0]["params"][0].device
+    if not tensor.is_leaf or not tensor.is_floating_point() or tensor.dim() > 1 or tensor.device != place:
         raise HyperparameterError(
-            f"{_CALL}: {name} must be a leaf tensor of floats on the CPU, of no or one dimension, got "
-            f"{tuple(tensor.shape)} of {tensor.dtype}. Use tensor.detach().reshape(-1)."
+            f"{_CALL}: {name} must be a leaf tensor of floats on {place}, as the parameters, of no or one dimension, got "
+            f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}. Use tensor.detach().reshape(-1), and .to() it."
         )
     if any(tensor is p for group in groups for p in group["params"]):
         raise HyperparameterError(f"{_CALL}: {name} is trained by the optimizer. Leave it out of its params.")

@@ -43,8 +43,8 @@ class Statistics:
         if any(isinstance(m, _InstanceNorm) and m.track_running_stats for m in modules):
             raise AdapterError("HyperOptimizer: InstanceNorm with running statistics is not supported; leave them out.")
         self.layers: list[Any] = [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        self.tangents = [torch.zeros((s, 2, m.num_features), dtype=m.running_mean.dtype) for m in self.layers]
-        self.on = True
+        self.tangents = [m.running_mean.new_zeros((s, 2, m.num_features)) for m in self.layers]
+        self.on, self._moved = True, [False] * len(self.layers)  # whether tangents may have left zero: not read on a card
         self._seen: list[Seen] = []
         self._due: list[tuple[Seen, torch.Tensor]] = []
         for i, layer in enumerate(self.layers):
@@ -61,9 +61,9 @@ class Statistics:
                 rate = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
                 self._note(i, rate, x.to(layer.running_mean.dtype))
             return None
-        if not self.tangents[i].any():
+        if not self._moved[i]:
             return None
-        zero = torch.zeros((2, layer.num_features), dtype=layer.running_mean.dtype, requires_grad=True)
+        zero = layer.running_mean.new_zeros((2, layer.num_features)).requires_grad_()
         self._seen.append(Seen(i, np.nan, zero, None))
         wide = lambda v: v.view(1, -1, *(1,) * (x.dim() - 2))
         inverse = torch.rsqrt(layer.running_var + layer.eps)
@@ -101,6 +101,7 @@ class Statistics:
         """The running average of the tangents, call by call."""
         for call, moved in self._due:
             self.tangents[call.layer].lerp_(moved, call.rate)
+            self._moved[call.layer] = True
         self._due = []
 
     def drop(self) -> None:
@@ -108,6 +109,7 @@ class Statistics:
         self._seen, self._due = [], []
 
     def forget(self, rho: float) -> None:
+        self._moved = [m and rho > 0 for m in self._moved]
         for t in self.tangents:
             t.mul_(rho) if rho else t.zero_()
 
@@ -116,16 +118,18 @@ class Statistics:
         share = np.zeros(len(self.tangents[0]) if self.tangents else 1)
         for call, g in zip(seen, grads, strict=True):
             if g is not None:
-                share += torch.tensordot(self.tangents[call.layer], g.detach(), 2).numpy()
+                share += torch.tensordot(self.tangents[call.layer], g.detach(), 2).cpu().numpy()
         return share
 
     def snapshot(self) -> dict[str, Array]:
-        return {f"statistics/{i}": t.numpy().copy() for i, t in enumerate(self.tangents)}
+        return {f"statistics/{i}": t.cpu().numpy().copy() for i, t in enumerate(self.tangents)}
 
     def restore(self, snapshot: Any) -> None:
         self.drop()
         for i, t in enumerate(self.tangents):
-            t.copy_(torch.from_numpy(np.array(snapshot[f"statistics/{i}"])))
+            kept = np.array(snapshot[f"statistics/{i}"])
+            t.copy_(torch.from_numpy(kept))
+            self._moved[i] = bool(kept.any())
 
 
 class _Hook:

@@ -5,7 +5,8 @@ zero_grad, backward and step.  Tangents come from the user's own loss graph, by 
 `inner` makes an `Inner` for `koopman_hpo.Tuner` and the exact tools, where the losses are functions of a batch.
 
 A parameter that a step does not use is skipped, as torch does.  BatchNorm's running statistics are part of the state and
-have tangents; other buffers that a model changes count as constants.  Parameters live on the CPU.
+have tangents; other buffers that a model changes count as constants.  Parameters live on the CPU, or on one CUDA device,
+which needs the extra `cuda`: there a step reads nothing, and a loss is a tensor until somebody looks at it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def inner(
       opt, tune, model, clip_norm, generators: as for `HyperOptimizer`.
       train_loss, val_loss: batch -> scalar tensor with its graph.  Loss hyperparameters: tensors given in `tune`, or
         `run.losses.hyper[name]`.
-      settings: `directions`, `seed`, `chunk`, as for `koopman_hpo.inner.sgd`.
+      settings: `directions`, `seed`, `chunk`, `tangents`, as for `koopman_hpo.inner.sgd`.
 
     Raises:
       AdapterError, HyperparameterError: as `HyperOptimizer`.
@@ -81,7 +82,7 @@ class HyperOptimizer:
     """Wraps one of torch's optimizers and tunes its hyperparameters while the model trains.
 
     Args:
-      opt: SGD, Adam, AdamW, RMSprop or Adagrad, fresh, any number of param groups, parameters on the CPU.
+      opt: SGD, Adam, AdamW, RMSprop or Adagrad, fresh, any number of param groups, parameters on one device.
       tune: what to tune.  Names ("lr", "momentum", "weight_decay", "betas", ...), which start from `opt`; a dict
         {name: how}, where how is `log`, `logit` or `identity`, a start such as `log(0.1, knots=...)`, the list of all param
         groups' indices (a value for each), or, for a hyperparameter of the loss, its start, its tensor, or (tensor,
@@ -94,6 +95,7 @@ class HyperOptimizer:
       clip_norm: clip the gradient's norm as `clip_grad_norm_` does, derivative included.
       generators: random generators that the loss uses beside torch's own, saved and restored with the run.
       directions: random tangent directions in place of all q; chunk: tangents pushed at a time; seed: of the directions.
+      tangents: "bfloat16" or "float16" keeps those of a float32 model on a card in half of the memory.
       strategy, window, outer, guard, settings: as for `koopman_hpo.Tuner`.
 
     Attributes:
@@ -116,6 +118,7 @@ class HyperOptimizer:
         directions: int | None = None,
         chunk: int | None = None,
         seed: int = 0,
+        tangents: str | None = None,
         strategy: Any = None,
         window: int = 25,
         guard: Guard | None = Guard(),  # noqa: B008 - frozen
@@ -125,7 +128,7 @@ class HyperOptimizer:
         self._scales = checks.Scales()
         call_val = val_loss if not callable(val_loss) else lambda _: val_loss()
         source = Source(_of_step, call_val, lambda batch: not isinstance(batch, torch.Tensor), model, tuple(generators))
-        more = {"directions": directions, "chunk": chunk, "seed": seed}
+        more = {"directions": directions, "chunk": chunk, "seed": seed, "tangents": tangents}
         self.opt, self._val_loss = opt, val_loss
         self._inner = _wrap(_CALL, opt, tune, source, clip_norm, more)
         self.tuner = Tuner(self._inner, strategy, steps=steps, window=window, guard=guard, mode="online", **settings)
@@ -149,7 +152,7 @@ class HyperOptimizer:
             nothing but central differences; or None after `accumulate`.
 
         Returns:
-          The loss, the accumulated ones added.
+          The loss, the accumulated ones added; of a model on a card a tensor there, for which nobody has waited.
 
         Raises:
           AdapterError: not a scalar with a graph, scaled by a GradScaler, a model changed after wrapping, a layer that

@@ -19,24 +19,33 @@ ROWS = 4  # tangents that one thread sums: dE_dtheta is read once for all of the
 
 
 def project(Z, dE_dtheta, work, out, *, stream=0):
-    """out[j] <- Z[j] . dE_dtheta.  Z: (q, p); dE_dtheta: (p,); work: (n, q) float64, for n shares (512 do); out: (q,)."""
+    """out[j] <- Z[j] . dE_dtheta.  Z: (q, p); dE_dtheta: (p,); work: (n, q) float64, for n shares (512 do); out: (q,).
+
+    Either may be kept in half precision.
+    """
     Z, dE, work, out = (device_array(x) for x in (Z, dE_dtheta, work, out))
     q, p = Z.shape
     n = min(len(work), covering(p))
-    launch(_shares(storage(Z.dtype, dE.dtype).load), (-(-q // ROWS), n), stream, Z, dE, work, sums=True)
+    arithmetic = _arithmetic(dE)
+    loads = storage(Z.dtype, arithmetic).load, storage(dE.dtype, arithmetic).load
+    launch(_shares(*loads), (-(-q // ROWS), n), stream, Z, dE, work, sums=True)
     launch(_total, (q, 1), stream, work, n, out, sums=True)
 
 
 def scale(tangents, rho, *, stream=0):
     """Multiply a tangent array of any shape by rho, in place; 0 clears it, also where it is not finite."""
     x = device_array(tangents)
-    arithmetic = np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
+    arithmetic = _arithmetic(x)
     load, store = storage(x.dtype, arithmetic)
     launch(_scale(load, store), (covering(x.size), 1), stream, x.reshape(x.size), arithmetic.type(rho))
 
 
+def _arithmetic(x):
+    return np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
+
+
 @cache
-def _shares(load):
+def _shares(load, load_e):
     @cuda.jit
     def kernel(Z, dE, work):
         """work[y, j] <- the share y of tangent j, for ROWS tangents j; the last one again where there are fewer."""
@@ -45,7 +54,7 @@ def _shares(load):
         j1, j2, j3 = min(j + 1, q - 1), min(j + 2, q - 1), min(j + 3, q - 1)
         s0 = s1 = s2 = s3 = float64(0)
         for i in range(cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x, p, cuda.gridDim.y * cuda.blockDim.x):
-            e = float64(dE[i])
+            e = float64(load_e(dE[i]))
             s0 += load(Z[j, i]) * e
             s1 += load(Z[j1, i]) * e
             s2 += load(Z[j2, i]) * e

@@ -1,0 +1,106 @@
+"""Where a torch model lives: the core's device, whose arrays are views of torch's tensors, with nothing copied.
+
+All that differs between the CPU and a card is here: `view` and `tensor`, the same memory as an array of the kernels and as
+a tensor; whose random numbers a model draws; and whether a loss is read at once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from koopman_hpo import devices
+from koopman_hpo.kernels.arrays import TangentState
+from koopman_hpo.problem import Array
+
+Tensors = tuple[torch.Tensor, ...]  # theta, slots, Z, dslots, as in a TangentState
+LEGACY = 1  # CUDA's handle of the default stream: unlike 0, Numba copies on it without waiting
+
+
+class OnHost(devices.Host):
+    """NumPy's arrays on the memory of CPU tensors.
+
+    Attributes:
+      place: torch's name of the device.  tensors: the run's state, as tensors.
+    """
+
+    def __init__(self, place: torch.device):
+        self.place = place
+
+    def init(self, params: Array, k: int, q: int, fill: float, kept: str | None) -> TangentState:
+        state = super().init(params, k, q, fill, kept)
+        self.tensors: Tensors = tuple(map(torch.from_numpy, state))
+        return state
+
+    def view(self, tensor: torch.Tensor) -> Array:
+        """The tensor's memory as the kernels take it; the tensor is contiguous."""
+        return tensor.numpy()
+
+    def tensor(self, a: Array) -> torch.Tensor:
+        """An array that the engine shows, as a tensor."""
+        return torch.from_numpy(a.copy())  # what is locked would warn
+
+    def loss(self, loss: torch.Tensor) -> Any:
+        """What a training step returns."""
+        return float(loss.detach())
+
+    def random(self) -> list[torch.Tensor]:
+        """States of torch's own generators that a model here may draw from."""
+        return [torch.get_rng_state()]
+
+    def set_random(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+
+
+class OnCard(devices.Card):
+    """Numba's arrays on the memory of CUDA tensors, on torch's current stream; nothing waits until a number is read."""
+
+    def __init__(self, place: torch.device):
+        super().__init__()
+        self.place = place
+        self._open()
+
+    def _open(self) -> None:
+        self._cuda.select_device(self.place.index)
+        self.stream = lambda: torch.cuda.current_stream(self.place).cuda_stream or LEGACY
+
+    def init(self, params: Array, k: int, q: int, fill: float, kept: str | None) -> TangentState:
+        theta, p = self._sent(params), params.size
+        new = partial(theta.new_zeros, dtype=theta.dtype if kept is None else getattr(torch, kept))
+        self.tensors: Tensors = (theta, theta.new_full((k, p), fill), new((q, p)), new((k, q, p)))
+        return TangentState(*map(self.view, self.tensors))
+
+    def view(self, tensor: torch.Tensor) -> Any:
+        return self._kernels.device_array(tensor)
+
+    def tensor(self, a: Any) -> torch.Tensor:
+        return torch.as_tensor(a, device=self.place)
+
+    def put(self, a: Array) -> Any:
+        return self.view(self._sent(a))
+
+    def keep(self, a: Any) -> Any:
+        return self.view(self.tensor(a).clone())
+
+    def number(self, call: str, name: str, x: Any) -> Any:
+        return x if isinstance(x, torch.Tensor) else super().number(call, name, x)
+
+    def loss(self, loss: torch.Tensor) -> Any:
+        return loss.detach().double()
+
+    def random(self) -> list[torch.Tensor]:
+        return [torch.get_rng_state(), torch.cuda.get_rng_state(self.place)]
+
+    def set_random(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        torch.cuda.set_rng_state(states[1], self.place)
+
+    def _sent(self, a: Array) -> torch.Tensor:
+        return torch.tensor(a).to(self.place, non_blocking=True)
+
+
+def of(place: torch.device) -> OnHost | OnCard:
+    """The device of a model's parameters.  Raises RuntimeError: a card that Numba cannot use."""
+    return OnHost(place) if place.type == "cpu" else OnCard(place)

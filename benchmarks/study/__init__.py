@@ -9,9 +9,9 @@ where a record is what evidence.py stores: {"tier", "seconds", "cpu", "versions"
 
 from __future__ import annotations
 
-from . import estimates
+from . import costs, estimates, model_based, questions
 from .settings import Settings
 
-SECTIONS = {"estimates": estimates}
+SECTIONS = {"estimates": estimates, "krylov": model_based, "costs": costs, "questions": questions}
 
 __all__ = ["SECTIONS", "Settings"]

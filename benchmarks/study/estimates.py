@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import cases, trajectories
-from .methods import Window, methods, windows
+from .forecasters import Window, forecasters, windows
 from .page import number, percent, table
 from .problems import Case
 from .settings import Settings
@@ -26,7 +26,7 @@ def judged(job: tuple[str, Case], settings: Settings) -> list[Row]:
 def row(w: Window) -> Row:
     where = {"group": w.group, "tangents": w.tangents, "tau": w.tau, "begun": w.begun, "lr": w.case.lr, "seed": w.case.seed}
     with np.errstate(all="ignore"):
-        found = {name: method(w) for name, method in methods().items()}
+        found = {name: method(w) for name, method in forecasters().items()}
     return where | {"truth": w.truth, "last": w.H[-1], "methods": found}
 
 
@@ -65,8 +65,8 @@ def summary(rows: list[Row], name: str) -> Row:
     last = np.linalg.norm(np.array([r["last"] for r in rows]) - truth, axis=1) / size
     cosine = (value * truth).sum(axis=1) / (size * np.maximum(np.linalg.norm(value, axis=1), 1e-300))
     ratio = np.log(np.maximum(error, 1e-12) / np.maximum(last, 1e-12))
-    cover = lambda z: float(np.mean(np.abs(value - truth) <= z * stated)) if np.isfinite(stated).all() else None
-    whole = float(np.mean(error * size <= np.linalg.norm(stated, axis=1))) if np.isfinite(stated).all() else None
+    cover = lambda z: short(np.mean(np.abs(value - truth) <= z * stated)) if np.isfinite(stated).all() else None
+    whole = short(np.mean(error * size <= np.linalg.norm(stated, axis=1))) if np.isfinite(stated).all() else None
     return {
         "error": short(np.median(error)),
         "ratio": short(np.exp(np.mean(ratio))),  # geometric mean of error / error of the last value
@@ -84,17 +84,10 @@ def short(x: Any) -> float:
     return float(f"{x:.4g}")
 
 
-def brief(r: Row) -> Row:
-    """What the figures need: relative errors of three methods, and lr's h as predicted, stated and true."""
-    size = np.linalg.norm(r["truth"])
-    error = lambda value: short(np.linalg.norm(value - r["truth"]) / size)
-    found = r["methods"]["aged"]
-    return {k: r[k] for k in ("group", "tangents", "tau", "begun", "lr")} | {
-        "last": error(r["last"]),
-        "auto": error(r["methods"]["auto"].value),
-        "aged": error(found.value),
-        "h": [short(x) for x in (r["truth"][0], r["last"][0], found.value[0], found.error[0])],
-    }
+def brief(r: Row) -> list[Any]:
+    """What the figure needs: tangents, and lr's h: true, last value, aged."""
+    values = (r["truth"], r["last"], r["methods"]["aged"].value)
+    return [r["tangents"], *(float(f"{x[0]:.3g}") for x in values)]
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -189,8 +182,8 @@ def scatter(record: Row) -> Any:
 
     figure, axes = canvas(9.2, 3.9, 1, 2, sharey=True)
     for ax, tangents in zip(axes[0], ("reset", "cumulative"), strict=True):
-        part = [w for w in record["results"]["windows"] if w["tangents"] == tangents]
-        true, last, value, _ = np.array([w["h"] for w in part]).T
+        part = [w[1:] for w in record["results"]["windows"] if w[0] == tangents]
+        true, last, value = np.array(part).T
         ax.plot([-10, 0, 10], [-10, 0, 10], color=GREY, lw=0.8)
         ax.plot(true, last, "o", ms=2.6, color=ORANGE, mew=0, alpha=0.55, label="last value")
         ax.plot(true, value, "o", ms=2.6, color=BLUE, mew=0, alpha=0.55, label="aged")

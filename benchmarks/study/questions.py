@@ -12,7 +12,7 @@ from koopman_hpo import koopman
 
 from . import answers, cases, trajectories
 from .estimates import short
-from .methods import Window, aged, offered, published, windows
+from .forecasters import Window, aged, offered, published, windows
 from .problems import Case, Started, start
 from .settings import Settings
 

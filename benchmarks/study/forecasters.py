@@ -98,7 +98,7 @@ def pydmd(w: Window) -> Estimate:
     return Estimate(np.nan_to_num(value, posinf=1e300, neginf=-1e300), nothing)
 
 
-def methods() -> dict[str, Callable[[Window], Estimate]]:
+def forecasters() -> dict[str, Callable[[Window], Estimate]]:
     """By name: `auto` with the age, then each method offered as it is (its gate left open), then what others do."""
     own = {name: partial(offered, name, np.inf) for name in koopman.METHODS if name != "auto"}
     others: dict[str, Callable[[Window], Estimate]] = {"paper's rule": published}

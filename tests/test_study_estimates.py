@@ -87,8 +87,17 @@ def test_a_summary_counts_what_it_says():
     assert found["error"] == 1.0  # of 0, 1, 1
     assert found["wins"] == pytest.approx((1 + 0 + 2 * 0.5) / 3, abs=1e-3)  # one better, two alike
     assert found["sign"] == pytest.approx(4 / 6, abs=1e-3)
-    assert found["covered"] == pytest.approx(4 / 6)
-    assert found["covered_twice"] == pytest.approx(5 / 6)
+    assert found["covered"] == pytest.approx(4 / 6, abs=1e-3)
+    assert found["covered_twice"] == pytest.approx(5 / 6, abs=1e-3)
+
+
+def test_cells_are_named_by_problem():
+    named = [("full", "reset", 20), ("full", "reset", 50), ("ridge", "cumulative", 20)]
+    found = [dict(zip(("group", "tangents", "tau"), names, strict=True)) for names in named]
+    assert (
+        estimates.gathered(found) == "digits, full batch (reset 20, reset 50); ridge regression, full batch (cumulative 20)"
+    )
+    assert estimates.gathered([]) == "none"
 
 
 def test_a_method_that_states_no_error_has_no_coverage():

@@ -155,8 +155,7 @@ def bars(record: Row) -> str:
     cells = record["results"]["cells"]
     whole = record["results"]["all"]["methods"]
     less = lambda name: [c for c in cells if c["methods"][name]["error"] < c["methods"]["last"]["error"]]
-    where = lambda c: f"{cases.GROUPS[c['group']].label} ({c['tangents']}, {c['tau']})"
-    missed = [where(c) for c in cells if c not in less("aged")]
+    missed = gathered([c for c in cells if c not in less("aged")])
     held = [c for c in cells if c["methods"]["aged"]["covered"] >= 0.8]
     low = sorted({cases.GROUPS[c["group"]].label for c in cells if c not in held})
     lines = [
@@ -165,13 +164,21 @@ def bars(record: Row) -> str:
         f"- The median relative error of **aged** is below the last value's in {len(less('aged'))} of {len(cells)} cells "
         f"(**auto**: {len(less('auto'))}); window by window it is {number(whole['aged']['ratio'])} of the last value's in "
         f"the geometric mean (**auto**: {number(whole['auto']['ratio'])}).",
-        f"- Not below it in: {'; '.join(missed) or 'none'}.",
+        f"- Not below it in: {missed}.",
         f"- The error that **aged** states holds the truth in {percent(whole['aged']['covered'])} of all coordinates "
         f"({percent(whole['aged']['covered_norm'])} of the windows by norm), that of **auto** in "
         f"{percent(whole['auto']['covered'])}. At least 80 % in {len(held)} of {len(cells)} cells; less in cells of: "
         f"{'; '.join(low) or 'none'}.",
     ]
     return "\n".join(lines)
+
+
+def gathered(cells: list[Row]) -> str:
+    """Cells by problem, in words."""
+    parts: dict[str, list[str]] = {}
+    for c in cells:
+        parts.setdefault(cases.GROUPS[c["group"]].label, []).append(f"{c['tangents']} {c['tau']}")
+    return "; ".join(f"{label} ({', '.join(part)})" for label, part in parts.items()) or "none"
 
 
 def scatter(record: Row) -> Any:
@@ -189,6 +196,9 @@ def scatter(record: Row) -> Any:
         ax.plot(true, value, "o", ms=2.6, color=BLUE, mew=0, alpha=0.55, label="aged")
         ax.set_xscale("symlog", linthresh=1e-3)
         ax.set_yscale("symlog", linthresh=1e-3)
+        ticks = (-10, -0.1, 0, 0.1, 10)
+        ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        ax.set_yticks(ticks, [f"{x:g}" for x in ticks])
         ax.set(xlabel="true, at step 1,000", title=f"{tangents} tangents", xlim=(-10, 10), ylim=(-10, 10))
     axes[0][0].set_ylabel("∂ validation loss / ∂ log lr, predicted")
     axes[0][0].legend(loc="upper left", markerscale=1.8)

@@ -1,0 +1,17 @@
+"""The study behind docs/evidence.md.  A section is a module with
+
+measure(settings) -> results   JSON-able
+BLOCKS   {name: f(record) -> Markdown}: what stands in the page between `<!-- name -->` and `<!-- /name -->`
+FIGURES  {file name: f(record) -> matplotlib Figure}, drawn into docs/images
+
+where a record is what evidence.py stores: {"tier", "seconds", "cpu", "versions", "data", "results": results}.
+"""
+
+from __future__ import annotations
+
+from . import costs, estimates, model_based, questions
+from .settings import Settings
+
+SECTIONS = {"estimates": estimates, "krylov": model_based, "costs": costs, "questions": questions}
+
+__all__ = ["SECTIONS", "Settings"]

@@ -9,9 +9,9 @@ where a record is what evidence.py stores: {"tier", "seconds", "cpu", "versions"
 
 from __future__ import annotations
 
-from . import estimates
+from . import crossing, estimates, paper, restarts, tuning
 from .settings import Settings
 
-SECTIONS = {"estimates": estimates}
+SECTIONS = {"estimates": estimates, "tuning": tuning, "crossing": crossing, "restarts": restarts, "paper": paper}
 
 __all__ = ["SECTIONS", "Settings"]

@@ -15,8 +15,8 @@ from koopman_hpo import Global, Local, Space, log, logit
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("sklearn")
-from study import blackbox, methods, peers, restarts, tasks  # noqa: E402
-from study.methods import CHANCE, Cost, Point  # noqa: E402
+from study import blackbox, methods, peers, restarts, tasks
+from study.methods import CHANCE, Cost, Point
 
 COST = Cost(tangent=2.0, hypergradient=3.0)
 
@@ -64,7 +64,8 @@ def test_standing_chooses_by_validation_loss_and_keeps_what_was_spent():
 def test_a_curve_goes_over_every_small_number_of_runs_and_ends_with_all():
     trace = points(2, 50)
     ns = [n for n, _ in methods.curve(trace, False)]
-    assert ns[:10] == list(range(1, 11)) and ns[-1] == 50
+    assert ns[:10] == list(range(1, 11))
+    assert ns[-1] == 50
     assert methods.curve(trace, True)[-1][1] == methods.standing(trace)[-1].test
 
 
@@ -83,13 +84,15 @@ def test_random_trials_cost_a_plain_run_and_an_evaluation_each_and_lie_in_the_bo
     trace = blackbox.random(task(), COST, 3, 0)
     assert [p.runs for p in trace] == pytest.approx([43 / 40, 86 / 40, 129 / 40])
     low, high = task().bounds()
-    assert np.exp(low[0]) == pytest.approx(1e-3) and np.exp(high[0]) == pytest.approx(1.0)
+    assert np.exp(low[0]) == pytest.approx(1e-3)
+    assert np.exp(high[0]) == pytest.approx(1.0)
 
 
 def test_halving_goes_on_with_the_best_and_counts_every_step():
     trace = blackbox.halving(task(steps=54), COST, 1, 0, eta=3, rungs=3)
     steps = 9 * 6 + 3 * (18 - 6) + 1 * (54 - 18)
-    assert len(trace) == 1 and trace[0].runs * 54 == pytest.approx(steps + (9 + 3 + 1) * 3)
+    assert len(trace) == 1
+    assert trace[0].runs * 54 == pytest.approx(steps + (9 + 3 + 1) * 3)
     rng, (low, high) = np.random.default_rng(0), task().bounds()
     whole = [methods.train(task(steps=54), rng.uniform(low, high)) for _ in range(9)]
     assert trace[0].val in [q.val for q in whole]  # a run that was paused is the run that was not
@@ -99,7 +102,9 @@ def test_a_cosine_schedule_begins_at_the_rate_and_ends_near_nothing():
     t = task()
     at, phi = methods.cosine(t), t.space.phi0
     rates = [t.space.natural(at(phi, k))["lr"] for k in (0, 20, 39)]
-    assert rates[0] == pytest.approx(0.1) and rates[1] == pytest.approx(0.05) and rates[2] < 2e-4
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[1] == pytest.approx(0.05)
+    assert rates[2] < 2e-4
     assert (at(phi, 20)[1:] == phi[1:]).all()
 
 
@@ -113,11 +118,12 @@ def test_hypergradient_descent_with_rate_zero_is_plain_training():
 def test_a_path_of_whole_runs_is_what_the_tuner_finds():
     t = task()
     trace = restarts.path(t, COST, Global(), budget=6.0)
-    at, result = methods.tuned(t, COST, Global(), runs=len(trace))
+    _at, result = methods.tuned(t, COST, Global(), runs=len(trace))
     spent = [(k + 1) * (40 * 2 + 3) + 3 for k in range(len(trace))]
     assert [p.runs * 40 for p in trace] == pytest.approx(spent)
     first = methods.train(t, t.space.phi0)
-    assert trace[0][1:] == first and len(result.history) == len(trace)
+    assert trace[0][1:] == first
+    assert len(result.history) == len(trace)
 
 
 def test_a_run_cut_short_is_followed_by_a_whole_one_that_is_counted():
@@ -134,8 +140,12 @@ def test_sources_share_a_weight_and_half_of_them_know_no_label(monkeypatch):
     rng = np.random.default_rng(0)
     monkeypatch.setattr(tasks, "kmnist", lambda data: (rng.random((10_000, 28, 28)), rng.integers(0, 10, 10_000)))
     t = tasks.sources(None, seed=1, q=10)
-    X, y, source = t.batch(0)
-    assert t.space.q == 10 and len(y) == 50 and set(source) <= set(range(10))
+    _X, y, source = t.batch(0)
+    assert t.space.q == 10
+    assert len(y) == 50
+    assert set(source) <= set(range(10))
     assert sorted(t.oracle["example_weights"])[:6] == [1e-3] * 5 + [1.0]
     counts = np.bincount(tasks.long_tailed(np.arange(4000) % 10) % 10)
-    assert counts[0] == 300 and counts[-1] == 6 and (np.diff(counts) < 0).all()
+    assert counts[0] == 300
+    assert counts[-1] == 6
+    assert (np.diff(counts) < 0).all()

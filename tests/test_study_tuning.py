@@ -126,6 +126,13 @@ def test_a_path_of_whole_runs_is_what_the_tuner_finds():
     assert len(result.history) == len(trace)
 
 
+def test_a_curve_reaches_a_target_where_it_stays_below():
+    values = np.full(60, 2.0)
+    values[5], values[20:40], values[40:] = 0.5, 0.9, math.nan
+    assert restarts.first(values, 1.0) == restarts.GRID[20]
+    assert restarts.first(values, 0.8) == math.inf
+
+
 def test_a_run_cut_short_is_followed_by_a_whole_one_that_is_counted():
     t = task()
     trace = restarts.path(t, COST, Local(mode="restart"), budget=1.5)

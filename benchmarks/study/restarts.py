@@ -12,7 +12,7 @@ import numpy as np
 
 from koopman_hpo import Global, Glocal, Local, Tuner, koopman
 
-from .methods import CHANCE, Cost, Trace, cost, point, rounded, train
+from .methods import CHANCE, Cost, Trace, cost, point, rounded, standing, train
 from .page import canvas, number, percent, table
 from .settings import Settings
 from .tasks import Task, imbalanced, plain
@@ -64,21 +64,25 @@ LABELS = {
 }
 
 
-def path(task: Task, c: Cost, strategy: Any, budget: float) -> Trace:
-    """What would stand if tuning ended after each run: a model trained to the end with what has been found.
+def path(task: Task, c: Cost, strategy: Any, budget: float, most: int = 50) -> Trace:
+    """What would stand if tuning ended after each run, the cost of making it included.
 
-    A run cut short must still be followed by a whole one, which is counted; a whole run leaves its own model.
+    After a run cut short that is a model yet to be trained, whole, with what has been found; after whole runs the best of
+    their own models by validation loss.
     """
     tuner = Tuner(task.run(), strategy, steps=task.steps, runs=10_000, mode="restart")
     trace: Trace = []
-    while not tuner.done and (not trace or trace[-1].runs < budget):
-        phi, whole, windows = tuner.phi, tuner.cut >= 1, len(tuner.history)
+    whole: Trace = []
+    while not tuner.done and len(trace) < most and (not trace or trace[-1].runs < budget):
+        phi, cut, windows = tuner.phi, tuner.cut < 1, len(tuner.history)
         while len(tuner.history) == windows:
             tuner.step(task.batch(tuner.used), task.val)
         spent = tuner.used * c.tangent + (len(tuner.history.trajectory) + 1) * c.hypergradient
-        if not whole:
-            phi, spent = tuner.phi, spent + task.steps
-        trace.append(point(task, spent, train(task, phi)))
+        if cut:
+            trace.append(point(task, spent + task.steps, train(task, tuner.phi)))
+        else:
+            whole.append(point(task, spent, train(task, phi)))
+            trace.append(standing(whole)[-1])
     return trace
 
 
@@ -105,35 +109,32 @@ def measure(settings: Settings) -> dict[str, Any]:
 GRID = np.geomspace(1.0, 60.0, 60)
 
 
-def standing(record: dict[str, Any], name: str, method: str, column: int = 1) -> np.ndarray:
-    """(60,) on GRID, runs: validation loss (column 1) or test loss (2) of the best model so far, mean over seeds."""
-    rows = [r["trace"] for r in record["results"]["rows"] if r["task"] == name and r["method"] == method]
-    out = np.full((len(rows), len(GRID)), CHANCE)
-    for i, trace in enumerate(rows):
-        best = CHANCE
-        points = [[math.inf if x is None else x for x in p] for p in trace]
-        for p in points:
-            if p[1] < best:
-                best = p[1]
-                out[i, p[0] <= GRID] = min(p[column], CHANCE)
-    last = min(trace[-1][0] for trace in rows)
+def reached(record: dict[str, Any], name: str, method: str, column: int = 1) -> np.ndarray:
+    """(60,) on GRID, runs: validation loss (column 1) or test loss (2) of what stands then, mean over seeds."""
+    traces = [r["trace"] for r in record["results"]["rows"] if r["task"] == name and r["method"] == method]
+    out = np.full((len(traces), len(GRID)), CHANCE)
+    for values, trace in zip(out, traces, strict=True):
+        for p in trace:
+            values[p[0] <= GRID] = CHANCE if p[column] is None else min(p[column], CHANCE)
     mean = out.mean(axis=0)
-    mean[1.05 * last < GRID] = math.nan
+    mean[min(trace[-1][0] for trace in traces) * 1.05 < GRID] = math.nan
     return mean
 
 
 def first(values: np.ndarray, target: float) -> float:
-    """Runs at which a curve on GRID first lies at the target or below; infinite if it never does."""
-    there = np.flatnonzero(values <= target)
-    return float(GRID[there[0]]) if there.size else math.inf
+    """Runs from which on a curve on GRID lies at the target or below; infinite if it never does."""
+    known = np.flatnonzero(np.isfinite(values))
+    above = known[values[known] > target]
+    after = known[known > above[-1]] if above.size else known
+    return float(GRID[after[0]]) if after.size else math.inf
 
 
 def shares(record: dict[str, Any], name: str) -> dict[str, float]:
     """Of the cost at which true global first comes near its own end, what each needs to come as near."""
-    whole = standing(record, name, "global")
+    whole = reached(record, name, "global")
     target = (1 + NEAR) * float(np.nanmin(whole))
     base = first(whole, target)
-    return {m: first(standing(record, name, m), target) / base for m in STRATEGIES}
+    return {m: first(reached(record, name, m), target) / base for m in STRATEGIES}
 
 
 def table_block(record: dict[str, Any]) -> str:
@@ -141,10 +142,10 @@ def table_block(record: dict[str, Any]) -> str:
         return "Not measured: no data was given."
     rows = []
     for name in TASKS:
-        whole = standing(record, name, "global")
+        whole = reached(record, name, "global")
         base = first(whole, (1 + NEAR) * float(np.nanmin(whole)))
         for method, share in shares(record, name).items():
-            val, test = (float(np.nanmin(standing(record, name, method, k))) for k in (1, 2))
+            val, test = (float(np.nanmin(reached(record, name, method, k))) for k in (1, 2))
             there = [percent(share), number(base * share)] if math.isfinite(share) else ["not reached", None]
             rows.append([LABELS[name], NAMES[method], f"{val:.3f}", f"{test:.3f}", *there])
     heads = ["task", "estimate", "best validation loss", "best test loss", "cost for true global's quality", "in runs"]
@@ -157,11 +158,11 @@ def verdict_block(record: dict[str, Any]) -> str:
     parts = []
     for method in ("continuation", "glocal", "constant"):
         found = [shares(record, name)[method] for name in TASKS]
-        reached = [x for x in found if math.isfinite(x)]
-        third = sum(x <= 1 / 3 for x in reached)
-        middle = f", at {percent(float(np.median(reached)))} of its cost in the median" if reached else ""
+        there = [x for x in found if math.isfinite(x)]
+        third = sum(x <= 1 / 3 for x in there)
+        middle = f", at {percent(float(np.median(there)))} of its cost in the median" if there else ""
         parts.append(
-            f"{NAMES[method]}: reaches the quality of true global on {len(reached)} of {len(found)} tasks{middle}; "
+            f"{NAMES[method]}: reaches the quality of true global on {len(there)} of {len(found)} tasks{middle}; "
             f"at a third or less on {third}"
         )
     return "; ".join(parts) + "."
@@ -174,8 +175,8 @@ def picture(record: dict[str, Any]) -> Any:
         return figure
     for ax, name in zip(axes.ravel(), TASKS, strict=True):
         for method, color in LOOK.items():
-            ax.plot(GRID, standing(record, name, method), color=color, label=NAMES[method], drawstyle="steps-post")
-        low = np.nanmin([standing(record, name, m) for m in STRATEGIES])
+            ax.plot(GRID, reached(record, name, method), color=color, label=NAMES[method], drawstyle="steps-post")
+        low = np.nanmin([reached(record, name, m) for m in STRATEGIES])
         ax.set(xscale="log", title=LABELS[name], ylim=(0.96 * low, 1.5 * low))
     for ax in axes[1]:
         ax.set_xlabel("cost, in full runs")

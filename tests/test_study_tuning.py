@@ -15,7 +15,7 @@ from koopman_hpo import Global, Local, Space, log, logit
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("sklearn")
-from study import blackbox, methods, peers, restarts, tasks
+from study import blackbox, crossing, methods, peers, restarts, tasks, tuning
 from study.methods import CHANCE, Cost, Point
 
 COST = Cost(tangent=2.0, hypergradient=3.0)
@@ -156,3 +156,69 @@ def test_sources_share_a_weight_and_half_of_them_know_no_label(monkeypatch):
     assert counts[0] == 300
     assert counts[-1] == 6
     assert (np.diff(counts) < 0).all()
+
+
+# -- what the page says of stored results ------------------------------------------------------------------------------
+
+
+def record(**results):
+    return {"data": True, "tier": "small", "results": results}
+
+
+def crossing_record(ours, random):
+    """Ours at the cost of 2 runs on every number of sources; random search, {q: [test loss after 1, 2, ... runs]}."""
+    rows = [
+        {"task": f"sources-{q}", "seed": 10, "method": m, "point": [2.0, 0.0, x, 0.5]}
+        for q in crossing.SOURCES
+        for m, x in (("local", ours), ("untuned", 2.0), ("oracle", 0.5))
+    ]
+    return record(
+        costs={},
+        rows=rows
+        + [
+            {"task": f"sources-{q}", "seed": 10, "method": "random", "curve": [[n + 1, x] for n, x in enumerate(random[q])]}
+            for q in crossing.SOURCES
+        ],
+    )
+
+
+def test_the_crossing_is_where_ours_is_better_than_all_that_were_tried():
+    better, late, short = [0.5] * 20, [1.5] * 19 + [0.9], [1.5] * 5
+    found = crossing_record(1.0, {2: better, 4: late, 10: [1.5] * 20, 32: [1.5] * 20, 100: short, 1000: [1.5] * 20})
+    said = crossing.verdict_block(found)
+    assert "at equal cost: q = 4, 10, 32, 100, 1,000;" in said
+    assert "at ten times the cost: q = 10, 32, 1,000." in said
+    assert "At q = 100 ten times the cost was not spent" in said
+
+
+def test_a_search_that_was_too_short_is_shown_with_its_length():
+    found = crossing_record(1.0, dict.fromkeys(crossing.SOURCES, [1.5] * 5))
+    assert crossing.most(found, "sources-2", "random", 20.0) == "1.500 (5 runs)"
+    assert crossing.most(found, "sources-2", "random", 2.5) == "1.500"
+    assert crossing.most(found, "sources-2", "tpe", 2.5) is None
+
+
+def test_shares_are_of_what_true_global_needs():
+    path = lambda method, *points: {
+        "task": "layers",
+        "seed": 10,
+        "method": method,
+        "trace": [[r, v, v, 0.5] for r, v in points],
+    }
+    rows = [
+        path("global", (2.0, 0.9), (20.0, 0.5), (40.0, 0.499)),
+        path("continuation", (1.0, 0.9), (9.9, 0.5), (40.0, 0.5)),
+        path("glocal", (1.0, 0.5), (2.0, 0.9), (40.0, 0.8)),
+        path("constant", (1.0, 2.0), (40.0, None)),
+    ]
+    found = restarts.shares(record(rows=rows), "layers")
+    assert found["global"] == 1
+    assert found["continuation"] == pytest.approx(0.5, rel=0.1)
+    assert found["glocal"] == found["constant"] == math.inf
+
+
+def test_needed_is_where_a_mean_curve_first_gets_as_low():
+    trace = [[1.0, 0.5, 0.9, 0.5], [2.0, 0.4, 0.7, 0.5], [3.0, 0.45, 0.1, 0.5]]
+    found = record(rows=[{"setting": "clean", "seed": s, "method": "tpe", "start": None, "trace": trace} for s in (10, 11)])
+    assert tuning.needed(found, "clean", "tpe", 0.8) == 2.0
+    assert tuning.needed(found, "clean", "tpe", 0.5) == math.inf

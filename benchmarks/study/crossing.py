@@ -59,9 +59,9 @@ def ours(name: str) -> tuple[str, ...]:
 def trials(name: str, method: str, full: bool) -> int:
     """Runs of a searching method: ten times what ours costs, as far as the tier allows."""
     q = int(name.split("-")[1]) if name.startswith("sources") else 15
-    if method == "tpe" and q == MANY:
-        return 0
-    most = {("random", False): 400, ("random", True): 3500, ("tpe", False): 120, ("tpe", True): 350}[method, full]
+    if method == "tpe" and q == MANY:  # proposing takes several times as long as training
+        return 350 if full else 60
+    most = {("random", False): 400, ("random", True): 3500, ("tpe", False): 250, ("tpe", True): 350}[method, full]
     return min(most, max(20, 4 * q if q < MANY else most))
 
 
@@ -175,20 +175,26 @@ def verdict_block(record: dict[str, Any]) -> str:
     """From how many hyperparameters on ours is out of reach."""
     if not record["data"]:
         return "Not measured: no data was given."
-    equal, ten = [], []
+    searching = [m for m in ("random", "tpe") if any(r["method"] == m for r in record["results"]["rows"])]
+    better: dict[int, list[int]] = {1: [], 10: []}
+    short: dict[int, list[str]] = {1: [], 10: []}
     for q in SOURCES:
-        runs, test, _ = reached(record, f"sources-{q}", "local") or (math.nan, math.nan, math.nan)
-        for k, won in ((1, equal), (10, ten)):
-            others = [searched(record, f"sources-{q}", m, k * runs) for m in ("random", "tpe")]
-            made = [x for x in others if x is not None]
-            if made and test < min(made):
-                won.append(q)
+        here = reached(record, f"sources-{q}", "local")
+        assert here is not None
+        for k in (1, 10):
+            tests = {m: searched(record, f"sources-{q}", m, k * here[0]) for m in searching}
+            ends = {m: longest(record, f"sources-{q}", m) for m in searching}
+            if all(end is None or here[1] < (end[1] if tests[m] is None else tests[m]) for m, end in ends.items()):
+                better[k].append(q)
+            made = [
+                f"{NAMES[m]} {end[0]} runs" if end else f"{NAMES[m]} none" for m, end in ends.items() if tests[m] is None
+            ]
+            short[k] += [f"at q = {q:,} ({', '.join(made)})"] if made else []
     listed = lambda qs: ", ".join(f"{q:,}" for q in qs) or "none"
-    tight = [f"{q:,}" for q in SOURCES if searched(record, f"sources-{q}", "random", 10 * cost_of(record, q)) is None]
-    rest = f" At q = {', '.join(tight)} ten times the cost was not spent in this tier." if tight else ""
+    rest = {k: f", where this tier spent less {', '.join(part)}" if part else "" for k, part in short.items()}
     return (
-        f"Better than random search and TPE at equal cost: q = {listed(equal)}; at ten times the cost: q = "
-        f"{listed(ten)}.{rest}"
+        f"One online run with all tangents is better than {' and '.join(NAMES[m] for m in searching)} at equal cost for "
+        f"q = {listed(better[1])}{rest[1]}; at ten times the cost for q = {listed(better[10])}{rest[10]}."
     )
 
 
@@ -216,17 +222,20 @@ LOOK = {
 
 
 def crossing(record: dict[str, Any]) -> Any:
-    """Test loss against q, each at the cost of ours at this q, and at ten times that."""
-    figure, axes = canvas(6.4, 4.2)
+    """Test loss against q, each at the cost of ours at this q, and at ten times that; hollow where less was spent."""
+    figure, axes = canvas(8.4, 4.2)
     if not record["data"]:
         return figure
     ax = axes[0][0]
     for (method, k), (color, style, mark) in LOOK.items():
-        values = {q: searched(record, f"sources-{q}", method, k * cost_of(record, q)) for q in SOURCES}
-        made = [q for q in SOURCES if values[q] is not None]
-        if made:
-            name = f"{NAMES[method]}, {'ten times the' if k == 10 else 'equal'} cost"
-            ax.plot(made, [values[q] for q in made], color=color, ls=style, marker=mark, ms=4, label=name)
+        made = [q for q in SOURCES if longest(record, f"sources-{q}", method)]
+        tests = [searched(record, f"sources-{q}", method, k * cost_of(record, q)) for q in made]
+        ends = [longest(record, f"sources-{q}", method)[1] for q in made]
+        shown = [end if test is None else test for test, end in zip(tests, ends, strict=True)]
+        name = f"{NAMES[method]}, {'ten times the' if k == 10 else 'equal'} cost"
+        ax.plot(made, shown, color=color, ls=style, label=name)
+        for q, y, test in zip(made, shown, tests, strict=True):
+            ax.plot(q, y, color=color, marker=mark, ms=4, mfc="white" if test is None else color)
     marks = {"directions-16": ("#f57900", "v"), "directions-64": ("#f57900", "^"), "local": ("#cc0000", "D")}
     for method, (color, mark) in marks.items():
         made = [q for q in SOURCES if reached(record, f"sources-{q}", method)]
@@ -235,8 +244,9 @@ def crossing(record: dict[str, Any]) -> Any:
     for method, style in (("untuned", "--"), ("oracle", "-.")):
         tests = [reached(record, f"sources-{q}", method)[1] for q in SOURCES]
         ax.plot(SOURCES, tests, color="black", lw=0.8, ls=style, label=NAMES[method])
-    ax.set(xscale="log", xlabel="hyperparameters q (weights of sources)", ylabel="test loss")
-    ax.legend(fontsize="small")
+    untuned = max(reached(record, f"sources-{q}", "untuned")[1] for q in SOURCES)
+    ax.set(xscale="log", xlabel="hyperparameters q, weights of sources", ylabel="test loss", ylim=(None, 1.15 * untuned))
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 

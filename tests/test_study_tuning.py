@@ -219,8 +219,9 @@ def test_shares_are_of_what_true_global_needs():
     assert found["glocal"] == found["constant"] == math.inf
 
 
-def test_needed_is_where_a_mean_curve_first_gets_as_low():
-    trace = [[1.0, 0.5, 0.9, 0.5], [2.0, 0.4, 0.7, 0.5], [3.0, 0.45, 0.1, 0.5]]
+def test_needed_is_from_where_a_mean_curve_stays_as_low():
+    trace = [[1.0, 0.5, 0.6, 0.5], [2.0, 0.4, 0.9, 0.5], [3.0, 0.3, 0.7, 0.5], [4.0, 0.35, 0.1, 0.5]]
     found = record(rows=[{"setting": "clean", "seed": s, "method": "tpe", "start": None, "trace": trace} for s in (10, 11)])
-    assert tuning.needed(found, "clean", "tpe", 0.8) == 2.0
+    assert tuning.needed(found, "clean", "tpe", 0.8) == 3.0
+    assert tuning.needed(found, "clean", "tpe", 1.0) == 1.0
     assert tuning.needed(found, "clean", "tpe", 0.5) == math.inf

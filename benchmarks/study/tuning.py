@@ -125,10 +125,11 @@ def curve(record: dict[str, Any], setting: str, method: str) -> tuple[np.ndarray
 
 
 def needed(record: dict[str, Any], setting: str, method: str, test: float) -> float:
-    """Runs that a searching method needs to stand at this test loss, on the mean; infinite if it has not got there."""
+    """Runs from which on a searching method stays at this test loss or below, on the mean; infinite if it never does."""
     runs, mean = curve(record, setting, method)
-    there = np.flatnonzero(mean <= test)
-    return float(runs[there[0]]) if there.size else math.inf
+    above = np.flatnonzero(mean > test)
+    first = above[-1] + 1 if above.size else 0
+    return float(runs[first]) if first < len(runs) else math.inf
 
 
 def methods(record: dict[str, Any]) -> set[str]:

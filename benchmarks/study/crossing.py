@@ -12,7 +12,7 @@ import numpy as np
 from koopman_hpo import Global, Glocal, Local
 
 from . import blackbox
-from .methods import Cost, cost, curve, point, rounded, train, tuned
+from .methods import Cost, cost, curve, point, rounded, seeds, train, tuned
 from .page import canvas, percent, table
 from .settings import Settings
 from .tasks import Task, imbalanced, scheduled, sources
@@ -162,7 +162,7 @@ def sources_block(record: dict[str, Any]) -> str:
     if not record["data"]:
         return "Not measured: no data was given."
     rows = [[f"{q:,}", *line(record, f"sources-{q}", m)] for q in SOURCES for m in ours(f"sources-{q}")]
-    return table(["q", "method", *HEADS], rows)
+    return f"{seeds(record)}\n\n{table(['q', 'method', *HEADS], rows)}"
 
 
 def tasks_block(record: dict[str, Any]) -> str:

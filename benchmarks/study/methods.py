@@ -134,3 +134,9 @@ def rounded(rows: Sequence[Any], digits: int = 4) -> list[Any]:
         else x
     )
     return [short(x) for x in rows]
+
+
+def seeds(record: dict[str, Any]) -> str:
+    """What a record's figures are means over."""
+    found = {r["seed"] for r in record["results"]["rows"]}
+    return "One seed." if len(found) == 1 else f"Means over {len(found)} seeds."

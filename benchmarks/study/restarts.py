@@ -12,7 +12,7 @@ import numpy as np
 
 from koopman_hpo import Global, Glocal, Local, Tuner, koopman
 
-from .methods import CHANCE, Cost, Trace, cost, point, rounded, standing, train
+from .methods import CHANCE, Cost, Trace, cost, point, rounded, seeds, standing, train
 from .page import canvas, number, percent, table
 from .settings import Settings
 from .tasks import Task, imbalanced, plain
@@ -149,7 +149,7 @@ def table_block(record: dict[str, Any]) -> str:
             there = [percent(share), number(base * share)] if math.isfinite(share) else ["not reached", None]
             rows.append([LABELS[name], NAMES[method], f"{val:.3f}", f"{test:.3f}", *there])
     heads = ["task", "estimate", "best validation loss", "best test loss", "cost for true global's quality", "in runs"]
-    return table(heads, rows)
+    return f"{seeds(record)}\n\n{table(heads, rows)}"
 
 
 def verdict_block(record: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from koopman_hpo import Global, Glocal, Local
 
 from . import blackbox, peers
-from .methods import CHANCE, Cost, Point, Trace, cosine, cost, expected, point, rounded, standing, train, tuned
+from .methods import CHANCE, Cost, Point, Trace, cosine, cost, expected, point, rounded, seeds, standing, train, tuned
 from .page import canvas, number, percent, table
 from .settings import Settings
 from .tasks import Task, noisy, plain
@@ -158,7 +158,7 @@ def table_block(record: dict[str, Any]) -> str:
             rows.append([NAMES[method], ends[0].runs, *spread(test), percent(accuracy)])
         heads = [LABELS[setting], "cost, runs", "test loss", "over seeds", "best start", "worst start", "accuracy"]
         parts.append(table(heads, rows))
-    return "\n\n".join(parts)
+    return "\n\n".join([seeds(record), *parts])
 
 
 def spread(test: np.ndarray) -> list[str | None]:

@@ -1,0 +1,142 @@
+"""What a tuning method reaches, and at what cost, counted in plain training steps.
+
+A trace lists the full models that a method has trained, in order, with what had been spent by then.  What stands after a
+cost is the model of lowest validation loss among those.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from koopman_hpo import Tuner
+
+from .tasks import CLASSES, Quality, Task
+
+Array = np.ndarray
+CHANCE = math.log(CLASSES)  # the loss of even odds: what a model that has diverged counts as
+
+
+class Cost(NamedTuple):
+    """Of one call, in plain steps."""
+
+    tangent: float  # a step with tangents
+    hypergradient: float  # the outer loss and its gradient; an evaluation is counted the same
+
+
+class Point(NamedTuple):
+    """A trained model: what had been spent, in runs of plain training, and how good it is."""
+
+    runs: float
+    val: float
+    test: float
+    accuracy: float
+
+
+Trace = list[Point]
+
+
+def cost(task: Task, calls: int = 40) -> Cost:
+    """The shortest of several calls each, alternating: what other processes take is not counted."""
+    run, least = task.run(), {"plain": math.inf, "tangent": math.inf, "hypergradient": math.inf}
+    phi = run.space.phi0
+    todo: dict[str, Callable[[Any], Any]] = {
+        "plain": lambda batch: run.step(phi, batch, tangents=False),
+        "tangent": lambda batch: run.step(phi, batch),
+        "hypergradient": lambda batch: run.hypergradient(task.val),
+    }
+    for t in range(calls):
+        for name, call in todo.items():
+            batch, clock = task.batch(t), time.perf_counter()
+            call(batch)
+            least[name] = min(least[name], time.perf_counter() - clock)
+    return Cost(least["tangent"] / least["plain"], least["hypergradient"] / least["plain"])
+
+
+def train(task: Task, phi: Array, at: Callable[[Array, int], Array] | None = None) -> Quality:
+    """A plain run with phi (q,), or with `at(phi, t)` at step t."""
+    run = task.run()
+    with np.errstate(all="ignore"):
+        for t in range(task.steps):
+            if not math.isfinite(run.step(phi if at is None else at(phi, t), task.batch(t), tangents=False)):
+                return Quality(math.inf, math.inf, 1 / CLASSES)
+    return task.quality(run.params)
+
+
+def cosine(task: Task) -> Callable[[Array, int], Array]:
+    """phi with its lr falling to zero along half a cosine."""
+    where = task.space.where("lr")
+
+    def at(phi: Array, t: int) -> Array:
+        out = phi.copy()
+        out[where] += math.log(max(0.5 + 0.5 * math.cos(math.pi * t / task.steps), 1e-6))
+        return out
+
+    return at
+
+
+def point(task: Task, spent: float, quality: Quality) -> Point:
+    return Point(spent / task.steps, *quality)
+
+
+def tuned(task: Task, c: Cost, strategy: Any, **settings: Any) -> tuple[Point, Any]:
+    """The tuner's own loop, to its end: one online run, or the restarts and the last run of mode `restart`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuner = Tuner(task.run(), strategy, steps=task.steps, **({"window": task.window} | settings))
+        result = tuner.fit(task.batch, [task.val])
+    plain = task.steps if tuner.mode == "restart" else 0
+    spent = plain + (result.steps - plain) * c.tangent + (len(result.history.trajectory) + 1) * c.hypergradient
+    return point(task, spent, task.quality(result.params)), result
+
+
+def standing(trace: Trace) -> Trace:
+    """What stands after each point of the trace: the best so far by validation loss."""
+    out: Trace = []
+    for p in trace:
+        best = p if not out or p.val < out[-1].val else out[-1]
+        out.append(best._replace(runs=p.runs))
+    return out
+
+
+def expected(trace: Trace, n: int) -> float:
+    """Test loss of the best by validation loss of n points of the trace drawn at random: exact, no sampling."""
+    ranked = sorted(trace, key=lambda p: p.val)
+    N = len(ranked)
+    share = [math.comb(N - i - 1, n - 1) / math.comb(N, n) for i in range(N - n + 1)]
+    return float(sum(w * min(p.test, CHANCE) for w, p in zip(share, ranked, strict=False) if w > 0))
+
+
+def curve(trace: Trace, ordered: bool) -> list[tuple[int, float]]:
+    """(n, test loss of what stands after n runs), n dense at first and then in steps of a tenth.
+
+    `ordered`: the search learns as it goes; otherwise its runs are independent, and the mean over their orders is taken.
+    """
+    N, ns = len(trace), [1]
+    while ns[-1] < N:
+        ns.append(min(N, max(ns[-1] + 1, round(1.1 * ns[-1]))))
+    best = standing(trace)
+    return [(n, min(best[n - 1].test, CHANCE) if ordered else expected(trace, n)) for n in ns]
+
+
+def rounded(rows: Sequence[Any], digits: int = 4) -> list[Any]:
+    """Floats of nested lists and tuples, for a small file; infinity as None."""
+    short = lambda x: (
+        rounded(x, digits)
+        if isinstance(x, list | tuple)
+        else (round(x, digits) if math.isfinite(x) else None)
+        if isinstance(x, float)
+        else x
+    )
+    return [short(x) for x in rows]
+
+
+def seeds(record: dict[str, Any]) -> str:
+    """What a record's figures are means over."""
+    found = {r["seed"] for r in record["results"]["rows"]}
+    return "One seed." if len(found) == 1 else f"Means over {len(found)} seeds."

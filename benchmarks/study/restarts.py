@@ -1,0 +1,190 @@
+"""Mode `restart`: runs cut short, then longer and longer, against true global tuning, which takes whole runs."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from koopman_hpo import Global, Glocal, Local, Tuner, koopman
+
+from .methods import CHANCE, Cost, Trace, cost, point, rounded, seeds, standing, train
+from .page import canvas, number, percent, table
+from .settings import Settings
+from .tasks import Task, imbalanced, plain
+
+FIRST_SEED, NEAR = 10, 0.01  # within a hundredth of the loss counts as reached
+GLOBAL_RUNS = 12
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The control: a direction that knows nothing.  It asks for more of every hyperparameter, always."""
+
+    mode: str = "restart"
+    snapshots: int = 1
+    cut: float = 0.1
+
+    def estimate(self, H: np.ndarray, ahead: int) -> Any:
+        return replace(koopman.extrapolate(H[-1:], 0, method="last"), value=-np.ones(H.shape[1]), accepted=True)
+
+
+STRATEGIES = {
+    "global": Global(),
+    "continuation": Local(mode="restart"),
+    "glocal": Glocal(mode="restart"),
+    "constant": Constant(),
+}
+NAMES = {
+    "global": "true global",
+    "continuation": "continuation, last value",
+    "glocal": "continuation, glocal",
+    "constant": "continuation, a constant direction",
+}
+LOOK = {"global": "#5c3566", "continuation": "#f57900", "glocal": "#cc0000", "constant": "#999999"}
+
+
+def clean(data: Any, seed: int, lr: float) -> Task:
+    return replace(plain(data, seed), steps=1000).starting(lr=lr)
+
+
+TASKS = {
+    "lr 0.001": partial(clean, lr=1e-3),
+    "lr 0.01": partial(clean, lr=1e-2),
+    "lr 0.3": partial(clean, lr=0.3),
+    "layers": partial(imbalanced, layers=True),
+}
+LABELS = {
+    **{name: f"KMNIST, q = 3, from {name}" for name in TASKS if name != "layers"},
+    "layers": "long-tailed KMNIST, class weights, lr and L2 a layer, q = 14",
+}
+
+
+def path(task: Task, c: Cost, strategy: Any, budget: float, most: int = 50) -> Trace:
+    """What would stand if tuning ended after each run, the cost of making it included.
+
+    After a run cut short that is a model yet to be trained, whole, with what has been found; after whole runs the best of
+    their own models by validation loss.
+    """
+    tuner = Tuner(task.run(), strategy, steps=task.steps, runs=10_000, mode="restart")
+    trace: Trace = []
+    whole: Trace = []
+    while not tuner.done and len(trace) < most and (not trace or trace[-1].runs < budget):
+        phi, cut, windows = tuner.phi, tuner.cut < 1, len(tuner.history)
+        while len(tuner.history) == windows:
+            tuner.step(task.batch(tuner.used), task.val)
+        spent = tuner.used * c.tangent + (len(tuner.history.trajectory) + 1) * c.hypergradient
+        if cut:
+            trace.append(point(task, spent + task.steps, train(task, tuner.phi)))
+        else:
+            whole.append(point(task, spent, train(task, phi)))
+            trace.append(standing(whole)[-1])
+    return trace
+
+
+def row(job: tuple[str, int, str], data: Any, costs: dict[str, Cost]) -> dict[str, Any]:
+    name, seed, method = job
+    c = costs[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trace = path(TASKS[name](data, seed), c, STRATEGIES[method], GLOBAL_RUNS * c.tangent)
+    return {"task": name, "seed": seed, "method": method, "trace": rounded(trace)}
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    if settings.data is None:
+        return {}
+    seeds = range(FIRST_SEED, FIRST_SEED + (5 if settings.full else 2))
+    costs = {name: cost(make(settings.data, FIRST_SEED)) for name, make in TASKS.items()}
+    jobs = [(name, seed, method) for name in TASKS for seed in seeds for method in STRATEGIES]
+    return {"rows": settings.map(partial(row, data=settings.data, costs=costs), jobs)}
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+GRID = np.geomspace(1.0, 60.0, 60)
+
+
+def reached(record: dict[str, Any], name: str, method: str, column: int = 1) -> np.ndarray:
+    """(60,) on GRID, runs: validation loss (column 1) or test loss (2) of what stands then, mean over seeds."""
+    traces = [r["trace"] for r in record["results"]["rows"] if r["task"] == name and r["method"] == method]
+    out = np.full((len(traces), len(GRID)), CHANCE)
+    for values, trace in zip(out, traces, strict=True):
+        for p in trace:
+            values[p[0] <= GRID] = CHANCE if p[column] is None else min(p[column], CHANCE)
+    mean = out.mean(axis=0)
+    mean[min(trace[-1][0] for trace in traces) * 1.05 < GRID] = math.nan
+    return mean
+
+
+def first(values: np.ndarray, target: float) -> float:
+    """Runs from which on a curve on GRID lies at the target or below; infinite if it never does."""
+    known = np.flatnonzero(np.isfinite(values))
+    above = known[values[known] > target]
+    after = known[known > above[-1]] if above.size else known
+    return float(GRID[after[0]]) if after.size else math.inf
+
+
+def shares(record: dict[str, Any], name: str) -> dict[str, float]:
+    """Of the cost at which true global first comes near its own end, what each needs to come as near."""
+    whole = reached(record, name, "global")
+    target = (1 + NEAR) * float(np.nanmin(whole))
+    base = first(whole, target)
+    return {m: first(reached(record, name, m), target) / base for m in STRATEGIES}
+
+
+def table_block(record: dict[str, Any]) -> str:
+    if not record["data"]:
+        return "Not measured: no data was given."
+    rows = []
+    for name in TASKS:
+        whole = reached(record, name, "global")
+        base = first(whole, (1 + NEAR) * float(np.nanmin(whole)))
+        for method, share in shares(record, name).items():
+            val, test = (float(np.nanmin(reached(record, name, method, k))) for k in (1, 2))
+            there = [percent(share), number(base * share)] if math.isfinite(share) else ["not reached", None]
+            rows.append([LABELS[name], NAMES[method], f"{val:.3f}", f"{test:.3f}", *there])
+    heads = ["task", "estimate", "best validation loss", "best test loss", "cost for true global's quality", "in runs"]
+    return f"{seeds(record)}\n\n{table(heads, rows)}"
+
+
+def verdict_block(record: dict[str, Any]) -> str:
+    if not record["data"]:
+        return "Not measured: no data was given."
+    parts = []
+    for method in ("continuation", "glocal", "constant"):
+        found = [shares(record, name)[method] for name in TASKS]
+        there = [x for x in found if math.isfinite(x)]
+        third = sum(x <= 1 / 3 for x in there)
+        middle = f", at {percent(float(np.median(there)))} of its cost in the median" if there else ""
+        parts.append(
+            f"{NAMES[method]}: reaches the quality of true global on {len(there)} of {len(found)} tasks{middle}; "
+            f"at a third or less on {third}"
+        )
+    return "; ".join(parts) + "."
+
+
+def picture(record: dict[str, Any]) -> Any:
+    """Validation loss of what stands against cost."""
+    figure, axes = canvas(9.6, 5.4, 2, 2)
+    if not record["data"]:
+        return figure
+    for ax, name in zip(axes.ravel(), TASKS, strict=True):
+        for method, color in LOOK.items():
+            ax.plot(GRID, reached(record, name, method), color=color, label=NAMES[method], drawstyle="steps-post")
+        low = np.nanmin([reached(record, name, m) for m in STRATEGIES])
+        ax.set(xscale="log", title=LABELS[name], ylim=(0.96 * low, 1.5 * low))
+    for ax in axes[1]:
+        ax.set_xlabel("cost, in full runs")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("validation loss")
+    axes[0][0].legend(fontsize="small")
+    return figure
+
+
+BLOCKS = {"restarts.table": table_block, "restarts.verdict": verdict_block}
+FIGURES = {"evidence_restarts.png": picture}

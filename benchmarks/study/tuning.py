@@ -1,0 +1,280 @@
+"""Tuning, end to end, at equal cost: q = 3, learning rates to start from over five decades."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from koopman_hpo import Global, Glocal, Local
+
+from . import blackbox, peers
+from .methods import CHANCE, Cost, Point, Trace, cosine, cost, expected, point, rounded, seeds, standing, train, tuned
+from .page import canvas, number, percent, table
+from .settings import Settings
+from .tasks import Task, noisy, plain
+
+TASKS = {"clean": plain, "noisy": noisy}
+LABELS = {"clean": "KMNIST", "noisy": "KMNIST, 30 % random labels"}
+STARTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RATES = np.geomspace(1e-4, 1.0, 9)
+FIRST_SEED = 10  # constants were chosen on seeds from 100 on
+GLOBAL_RUNS, BRACKETS = 8, 6
+ONE_RUN = ("untuned", "hypergradient descent", "local", "glocal", "glocal, 5 a window", "global")
+BLACK_BOX = ("random", "random, cosine", "tpe", "tpe, cosine", "halving", "grid", "grid, cosine")
+NAMES = {
+    "local": "**local, online**",
+    "glocal": "**glocal, online**",
+    "glocal, 5 a window": "**glocal, online, 5 snapshots a window**",
+    "global": f"true global, {GLOBAL_RUNS} runs",
+    "random": "random search",
+    "random, cosine": "random search, cosine schedule",
+    "tpe": "TPE",
+    "tpe, cosine": "TPE, cosine schedule",
+    "halving": "successive halving",
+    "grid": "tuned constant lr",
+    "grid, cosine": "tuned cosine schedule",
+    "prodigy": "Prodigy",
+    "prodigy, cosine": "Prodigy, cosine schedule",
+}
+
+
+def one_run(method: str, task: Task, c: Cost) -> Trace:
+    """A method that starts from the task's own setting."""
+    if method == "untuned":
+        return [point(task, task.steps, train(task, task.space.phi0))]
+    if method == "hypergradient descent":
+        return [peers.hypergradient_descent(task)]
+    settings: dict[str, tuple[Any, dict[str, Any]]] = {
+        "local": (Local(), {}),
+        "glocal": (Glocal(), {}),
+        "glocal, 5 a window": (Glocal(), {"every": 5}),
+        "global": (Global(), {"runs": GLOBAL_RUNS}),
+    }
+    strategy, more = settings[method]
+    return [tuned(task, c, strategy, **more)[0]]
+
+
+def black_box(method: str, task: Task, c: Cost, n: int, seed: int) -> Trace:
+    at = cosine(task) if "cosine" in method else None
+    if method.startswith("prodigy"):
+        return [peers.prodigy(task, "cosine" in method)]
+    if method.startswith("grid"):
+        return blackbox.grid(task, c, RATES, at)
+    if method == "halving":
+        return blackbox.halving(task, c, BRACKETS, seed)
+    search = blackbox.tpe if method.startswith("tpe") else blackbox.random
+    return search(task, c, n, seed, at)
+
+
+def row(job: tuple[str, int, str, float | None], data: Any, costs: dict[str, Cost], n: int) -> dict[str, Any]:
+    """One method on one task: its trace."""
+    setting, seed, method, start = job
+    task, c = TASKS[setting](data, seed), costs[setting]
+    trace = black_box(method, task, c, n, seed) if start is None else one_run(method, task.starting(lr=start), c)
+    return {"setting": setting, "seed": seed, "method": method, "start": start, "trace": rounded(trace)}
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    if settings.data is None:
+        return {}
+    seeds, n = (range(FIRST_SEED, FIRST_SEED + 5), 60) if settings.full else (range(FIRST_SEED, FIRST_SEED + 3), 30)
+    costs = {name: cost(make(settings.data, FIRST_SEED)) for name, make in TASKS.items()}
+    searched = [m for m in BLACK_BOX if blackbox.HAS_OPTUNA or not m.startswith("tpe")]
+    searched += ["prodigy", "prodigy, cosine"] if peers.HAS_PRODIGY else []
+    jobs: list[tuple[str, int, str, float | None]] = [
+        (setting, seed, method, start)
+        for setting in TASKS
+        for seed in seeds
+        for method, starts in [*((m, starts_of(m)) for m in ONE_RUN), *((m, (None,)) for m in searched)]
+        for start in starts
+    ]
+    rows = settings.map(partial(row, data=settings.data, costs=costs, n=n), jobs)
+    return {"costs": {name: rounded(c) for name, c in costs.items()}, "trials": n, "rows": rows}
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def traces(record: dict[str, Any], setting: str, method: str) -> list[Trace]:
+    """Of every seed (and start)."""
+    whole = lambda p: Point(*(math.inf if x is None else x for x in p))
+    rows = record["results"]["rows"]
+    return [[whole(p) for p in r["trace"]] for r in rows if r["setting"] == setting and r["method"] == method]
+
+
+def starts_of(method: str) -> tuple[float, ...]:
+    """True global takes many runs a start: every other one."""
+    return STARTS[::2] if method == "global" else STARTS
+
+
+def by_start(record: dict[str, Any], setting: str, method: str, what: str = "test") -> np.ndarray:
+    """(seeds, starts): how the one model of each start has turned out."""
+    return np.array([getattr(t[-1], what) for t in traces(record, setting, method)]).reshape(-1, len(starts_of(method)))
+
+
+def curve(record: dict[str, Any], setting: str, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """Runs spent, and the test loss of what stands then, mean over seeds; for random trials, over their orders too."""
+    found = traces(record, setting, method)
+    runs = np.array([p.runs for p in found[0]])
+    if method.startswith("random"):
+        return runs, np.mean([[expected(t, n + 1) for n in range(len(t))] for t in found], axis=0)
+    return runs, np.mean([[min(p.test, CHANCE) for p in standing(t)] for t in found], axis=0)
+
+
+def needed(record: dict[str, Any], setting: str, method: str, test: float) -> float:
+    """Runs from which on a searching method stays at this test loss or below, on the mean; infinite if it never does."""
+    runs, mean = curve(record, setting, method)
+    above = np.flatnonzero(mean > test)
+    first = above[-1] + 1 if above.size else 0
+    return float(runs[first]) if first < len(runs) else math.inf
+
+
+def methods(record: dict[str, Any]) -> set[str]:
+    return {r["method"] for r in record["results"]["rows"]}
+
+
+def cost_block(record: dict[str, Any]) -> str:
+    if not record["data"]:
+        return "Not measured: no data was given."
+    rows = [[LABELS[name], *(float(x) for x in c)] for name, c in record["results"]["costs"].items()]
+    return table(["task", "a step with its 3 tangents", "a hypergradient or an evaluation (500 images)"], rows)
+
+
+def table_block(record: dict[str, Any]) -> str:
+    if not record["data"]:
+        return "Not measured: no data was given."
+    parts = []
+    for setting in TASKS:
+        rows: list[list[Any]] = []
+        for method in ONE_RUN:
+            runs, accuracy = (float(np.mean(by_start(record, setting, method, what))) for what in ("runs", "accuracy"))
+            rows.append([NAMES.get(method, method), runs, *spread(by_start(record, setting, method)), percent(accuracy)])
+        for method in (m for m in [*BLACK_BOX, "prodigy", "prodigy, cosine"] if m in methods(record)):
+            ends = [standing(t)[-1] for t in traces(record, setting, method)]
+            test, accuracy = np.array([[p.test] for p in ends]), float(np.mean([p.accuracy for p in ends]))
+            rows.append([NAMES[method], ends[0].runs, *spread(test), percent(accuracy)])
+        heads = [LABELS[setting], "cost, runs", "test loss", "over seeds", "best start", "worst start", "accuracy"]
+        parts.append(table(heads, rows))
+    return "\n\n".join([seeds(record), *parts])
+
+
+def spread(test: np.ndarray) -> list[str | None]:
+    """Of test losses (seeds, starts): mean, standard deviation over seeds of the mean over starts, best and worst start."""
+    seeds, start = test.mean(axis=1), test.mean(axis=0)
+    ends = [loss(start.min()), loss(start.max())] if len(start) > 1 else [None, None]
+    return [loss(test.mean()), f"± {seeds.std(ddof=1):.3f}" if len(seeds) > 1 else None, *ends]
+
+
+def loss(x: float) -> str:
+    return f"{x:.3f}" if x < 100 else "diverged"
+
+
+def verdict_block(record: dict[str, Any]) -> str:
+    """The goal, and how far it is reached."""
+    if not record["data"]:
+        return "Not measured: no data was given."
+    lines = []
+    for setting in TASKS:
+        twenty = float(np.mean([expected(t, 20) for t in traces(record, setting, "random")]))
+        for method in ("local", "glocal", "glocal, 5 a window"):
+            test = by_start(record, setting, method)
+            mean, spread = test.mean(axis=0), float(np.mean(test.max(axis=1) / test.min(axis=1) - 1))
+            reached = int(np.sum(mean <= twenty))
+            line = (
+                f"- {LABELS[setting]}, {method}: {test.mean():.3f} at the cost of "
+                f"{number(float(np.mean(by_start(record, setting, method, 'runs'))))} runs; 20 random runs reach "
+                f"{twenty:.3f}, as good from {reached} of {len(STARTS)} starts; the worst start loses {percent(spread)} to "
+                f"the best. {same_quality(record, setting, test.mean())}"
+            )
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def same_quality(record: dict[str, Any], setting: str, test: float) -> str:
+    say = lambda m: (
+        f"{NAMES[m]} {number(x)}"
+        if math.isfinite(x := needed(record, setting, m, test))
+        else f"{NAMES[m]} not within {number(float(traces(record, setting, m)[0][-1].runs))}"
+    )
+    searched = [m for m in ("random", "random, cosine", "tpe", "tpe, cosine", "halving") if m in methods(record)]
+    return f"Runs for the same quality: {', '.join(say(m) for m in searched)}."
+
+
+def missing_block(record: dict[str, Any]) -> str:
+    if not record["data"]:
+        return "Not measured: no data was given."
+    gone = [name for name, m in (("optuna (TPE)", "tpe"), ("prodigyopt (Prodigy)", "prodigy")) if m not in methods(record)]
+    return f"Left out, not installed: {', '.join(gone)}." if gone else "Nothing was left out."
+
+
+# -- pictures ------------------------------------------------------------------------------------------------------
+
+LOOK = {
+    "random": ("#999999", "-"),
+    "random, cosine": ("#999999", "--"),
+    "tpe": ("#3465a4", "-"),
+    "tpe, cosine": ("#3465a4", "--"),
+    "halving": ("#73a946", "-"),
+}
+OURS = {
+    "local": ("#f57900", "o"),
+    "glocal": ("#cc0000", "s"),
+    "glocal, 5 a window": ("#a40000", "D"),
+    "global": ("#5c3566", "^"),
+}
+
+
+def anytime(record: dict[str, Any]) -> Any:
+    """Test loss of what stands against cost; of one-run methods the mean over starts, and the worst to the best start."""
+    figure, axes = canvas(9.6, 4.0, 1, 2)
+    if not record["data"]:
+        return figure
+    for ax, setting in zip(axes[0], TASKS, strict=True):
+        lows = []
+        for method, (color, line) in LOOK.items():
+            if method in methods(record):
+                runs, mean = curve(record, setting, method)
+                ax.plot(runs, mean, color=color, ls=line, label=NAMES[method])
+                lows.append(mean.min())
+        for method, (color, mark) in OURS.items():
+            mean = by_start(record, setting, method).mean(axis=0)
+            runs = by_start(record, setting, method, "runs").mean()
+            bar = [[mean.mean() - mean.min()], [mean.max() - mean.mean()]]
+            ax.errorbar(runs, mean.mean(), bar, fmt=mark, color=color, ms=5, capsize=3, label=NAMES[method].strip("*"))
+            lows.append(mean.min())
+        ax.set(xscale="log", xlabel="cost, in full runs", title=LABELS[setting], ylim=(0.96 * min(lows), 1.5 * min(lows)))
+    axes[0][0].set_ylabel("test loss")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def starts(record: dict[str, Any]) -> Any:
+    """Test loss against the learning rate that a run starts from."""
+    figure, axes = canvas(9.6, 3.6, 1, 2)
+    if not record["data"]:
+        return figure
+    looks = {"untuned": ("#999999", "x"), "hypergradient descent": ("#3465a4", "v"), **OURS}
+    for ax, setting in zip(axes[0], TASKS, strict=True):
+        best = math.inf
+        for method, (color, mark) in looks.items():
+            mean = by_start(record, setting, method).mean(axis=0)
+            ax.plot(starts_of(method), mean, color=color, marker=mark, ms=5, label=NAMES.get(method, method).strip("*"))
+            best = min(best, mean.min())
+        twenty = np.mean([expected(t, 20) for t in traces(record, setting, "random")])
+        ax.axhline(twenty, color="#999999", ls=":", label="best of 20 random runs")
+        ax.set(xscale="log", xlabel="lr at the start", title=LABELS[setting], ylim=(0.96 * best, 2.2 * best))
+    axes[0][0].set_ylabel("test loss")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+BLOCKS = {
+    "tuning.cost": cost_block,
+    "tuning.table": table_block,
+    "tuning.verdict": verdict_block,
+    "tuning.missing": missing_block,
+}
+FIGURES = {"evidence_tuning.png": anytime, "evidence_starts.png": starts}

@@ -1,0 +1,227 @@
+"""What the tuning study counts and compares: cost in plain steps, the best of some runs, the methods it runs against."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from koopman_hpo_adapters.numpy import mlp
+
+from koopman_hpo import Global, Local, Space, log, logit
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+pytest.importorskip("sklearn")
+from study import blackbox, crossing, methods, peers, restarts, tasks, tuning
+from study.methods import CHANCE, Cost, Point
+
+COST = Cost(tangent=2.0, hypergradient=3.0)
+
+
+def task(steps=40, **settings):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(300, 5))
+    y = np.argmax(X[:, :3], axis=1)
+    part = lambda a, b: (X[a:b], y[a:b])
+    return tasks.Task(
+        mlp((5, 4, 3), seed=0),
+        Space(lr=log(0.1), momentum=logit(0.5), l2=log(1e-4)),
+        {"lr": (1e-3, 1.0), "momentum": (0.1, 0.9), "l2": (1e-6, 0.1)},
+        steps,
+        tasks.feed(part(0, 100), 20, 0),
+        part(100, 200),
+        part(200, 300),
+        **settings,
+    )
+
+
+def points(seed, n):
+    return [Point(i + 1.0, *x) for i, x in enumerate(np.random.default_rng(seed).random((n, 3)))]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6])
+def test_expected_is_the_mean_over_all_subsets(n):
+    trace = points(1, 6)
+    chosen = [min(subset, key=lambda p: p.val).test for subset in itertools.combinations(trace, n)]
+    assert methods.expected(trace, n) == pytest.approx(np.mean(chosen), rel=1e-12)
+
+
+def test_a_run_that_diverged_counts_as_chance_and_is_never_preferred():
+    trace = [Point(1.0, math.inf, math.inf, 0.1), Point(2.0, 0.5, 0.7, 0.9)]
+    assert methods.expected(trace, 1) == pytest.approx((0.7 + CHANCE) / 2)
+    assert methods.expected(trace, 2) == pytest.approx(0.7)
+    assert [p.test for p in methods.standing(trace)] == [math.inf, 0.7]
+
+
+def test_standing_chooses_by_validation_loss_and_keeps_what_was_spent():
+    trace = [Point(1.0, 0.5, 0.9, 0.0), Point(2.0, 0.7, 0.1, 0.0), Point(3.0, 0.4, 0.8, 0.0)]
+    assert [(p.runs, p.test) for p in methods.standing(trace)] == [(1.0, 0.9), (2.0, 0.9), (3.0, 0.8)]
+
+
+def test_a_curve_goes_over_every_small_number_of_runs_and_ends_with_all():
+    trace = points(2, 50)
+    ns = [n for n, _ in methods.curve(trace, False)]
+    assert ns[:10] == list(range(1, 11))
+    assert ns[-1] == 50
+    assert methods.curve(trace, True)[-1][1] == methods.standing(trace)[-1].test
+
+
+def test_an_online_run_costs_its_tangent_steps_and_hypergradients():
+    at, result = methods.tuned(task(), COST, Local())  # windows of 25 and 15 steps, and the loss before training
+    assert at.runs * 40 == 40 * 2 + (2 + 1) * 3
+    assert at[1:] == task().quality(result.params)
+
+
+def test_true_global_costs_its_runs_and_a_plain_one():
+    at, _ = methods.tuned(task(), COST, Global(), runs=3)
+    assert at.runs * 40 == 3 * 40 * 2 + 40 + (3 + 1) * 3
+
+
+def test_random_trials_cost_a_plain_run_and_an_evaluation_each_and_lie_in_the_box():
+    trace = blackbox.random(task(), COST, 3, 0)
+    assert [p.runs for p in trace] == pytest.approx([43 / 40, 86 / 40, 129 / 40])
+    low, high = task().bounds()
+    assert np.exp(low[0]) == pytest.approx(1e-3)
+    assert np.exp(high[0]) == pytest.approx(1.0)
+
+
+def test_halving_goes_on_with_the_best_and_counts_every_step():
+    trace = blackbox.halving(task(steps=54), COST, 1, 0, eta=3, rungs=3)
+    steps = 9 * 6 + 3 * (18 - 6) + 1 * (54 - 18)
+    assert len(trace) == 1
+    assert trace[0].runs * 54 == pytest.approx(steps + (9 + 3 + 1) * 3)
+    rng, (low, high) = np.random.default_rng(0), task().bounds()
+    whole = [methods.train(task(steps=54), rng.uniform(low, high)) for _ in range(9)]
+    assert trace[0].val in [q.val for q in whole]  # a run that was paused is the run that was not
+
+
+def test_a_cosine_schedule_begins_at_the_rate_and_ends_near_nothing():
+    t = task()
+    at, phi = methods.cosine(t), t.space.phi0
+    rates = [t.space.natural(at(phi, k))["lr"] for k in (0, 20, 39)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[1] == pytest.approx(0.05)
+    assert rates[2] < 2e-4
+    assert (at(phi, 20)[1:] == phi[1:]).all()
+
+
+def test_hypergradient_descent_with_rate_zero_is_plain_training():
+    t = task()
+    plain = methods.train(t, t.space.phi0)
+    assert peers.hypergradient_descent(t, 0.0)[1:] == pytest.approx(plain, rel=1e-9)
+    assert peers.hypergradient_descent(t, 0.1).val != pytest.approx(plain.val, rel=1e-3)
+
+
+def test_a_path_of_whole_runs_is_what_the_tuner_finds():
+    t = task()
+    trace = restarts.path(t, COST, Global(), budget=6.0)
+    _at, result = methods.tuned(t, COST, Global(), runs=len(trace))
+    spent = [(k + 1) * (40 * 2 + 3) + 3 for k in range(len(trace))]
+    assert [p.runs * 40 for p in trace] == pytest.approx(spent)
+    first = methods.train(t, t.space.phi0)
+    assert trace[0][1:] == first
+    assert len(result.history) == len(trace)
+
+
+def test_a_curve_reaches_a_target_where_it_stays_below():
+    values = np.full(60, 2.0)
+    values[5], values[20:40], values[40:] = 0.5, 0.9, math.nan
+    assert restarts.first(values, 1.0) == restarts.GRID[20]
+    assert restarts.first(values, 0.8) == math.inf
+
+
+def test_a_run_cut_short_is_followed_by_a_whole_one_that_is_counted():
+    t = task()
+    trace = restarts.path(t, COST, Local(mode="restart"), budget=1.5)
+    assert trace[0].runs * 40 == pytest.approx(4 * 2 + (1 + 1) * 3 + 40)
+
+
+def test_the_constant_direction_asks_for_more_of_everything():
+    assert (restarts.Constant().estimate(np.ones((1, 4)), 10).value == -1).all()
+
+
+def test_sources_share_a_weight_and_half_of_them_know_no_label(monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(tasks, "kmnist", lambda data: (rng.random((10_000, 28, 28)), rng.integers(0, 10, 10_000)))
+    t = tasks.sources(None, seed=1, q=10)
+    _X, y, source = t.batch(0)
+    assert t.space.q == 10
+    assert len(y) == 50
+    assert set(source) <= set(range(10))
+    assert sorted(t.oracle["example_weights"])[:6] == [1e-3] * 5 + [1.0]
+    counts = np.bincount(tasks.long_tailed(np.arange(4000) % 10) % 10)
+    assert counts[0] == 300
+    assert counts[-1] == 6
+    assert (np.diff(counts) < 0).all()
+
+
+# -- what the page says of stored results ------------------------------------------------------------------------------
+
+
+def record(**results):
+    return {"data": True, "tier": "small", "results": results}
+
+
+def crossing_record(ours, random):
+    """Ours at the cost of 2 runs on every number of sources; random search, {q: [test loss after 1, 2, ... runs]}."""
+    rows = [
+        {"task": f"sources-{q}", "seed": 10, "method": m, "point": [2.0, 0.0, x, 0.5]}
+        for q in crossing.SOURCES
+        for m, x in (("local", ours), ("untuned", 2.0), ("oracle", 0.5))
+    ]
+    return record(
+        costs={},
+        rows=rows
+        + [
+            {"task": f"sources-{q}", "seed": 10, "method": "random", "curve": [[n + 1, x] for n, x in enumerate(random[q])]}
+            for q in crossing.SOURCES
+        ],
+    )
+
+
+def test_the_crossing_is_where_ours_is_better_than_all_that_were_tried():
+    better, late, short = [0.5] * 20, [1.5] * 19 + [0.9], [1.5] * 5
+    found = crossing_record(1.0, {2: better, 4: late, 10: [1.5] * 20, 32: [1.5] * 20, 100: short, 1000: [1.5] * 20})
+    said = crossing.verdict_block(found)
+    assert "at equal cost for q = 4, 10, 32, 100, 1,000;" in said
+    assert (
+        "at ten times the cost for q = 10, 32, 100, 1,000, where this tier spent less at q = 100 (random search 5 runs)."
+        in said
+    )
+
+
+def test_a_search_that_was_too_short_is_shown_with_its_length():
+    found = crossing_record(1.0, dict.fromkeys(crossing.SOURCES, [1.5] * 5))
+    assert crossing.most(found, "sources-2", "random", 20.0) == "1.500 (5 runs)"
+    assert crossing.most(found, "sources-2", "random", 2.5) == "1.500"
+    assert crossing.most(found, "sources-2", "tpe", 2.5) is None
+
+
+def test_shares_are_of_what_true_global_needs():
+    path = lambda method, *points: {
+        "task": "layers",
+        "seed": 10,
+        "method": method,
+        "trace": [[r, v, v, 0.5] for r, v in points],
+    }
+    rows = [
+        path("global", (2.0, 0.9), (20.0, 0.5), (40.0, 0.499)),
+        path("continuation", (1.0, 0.9), (9.9, 0.5), (40.0, 0.5)),
+        path("glocal", (1.0, 0.5), (2.0, 0.9), (40.0, 0.8)),
+        path("constant", (1.0, 2.0), (40.0, None)),
+    ]
+    found = restarts.shares(record(rows=rows), "layers")
+    assert found["global"] == 1
+    assert found["continuation"] == pytest.approx(0.5, rel=0.1)
+    assert found["glocal"] == found["constant"] == math.inf
+
+
+def test_needed_is_from_where_a_mean_curve_stays_as_low():
+    trace = [[1.0, 0.5, 0.6, 0.5], [2.0, 0.4, 0.9, 0.5], [3.0, 0.3, 0.7, 0.5], [4.0, 0.35, 0.1, 0.5]]
+    found = record(rows=[{"setting": "clean", "seed": s, "method": "tpe", "start": None, "trace": trace} for s in (10, 11)])
+    assert tuning.needed(found, "clean", "tpe", 0.8) == 3.0
+    assert tuning.needed(found, "clean", "tpe", 1.0) == 1.0
+    assert tuning.needed(found, "clean", "tpe", 0.5) == math.inf

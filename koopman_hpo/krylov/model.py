@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from .. import checks
 from ..engine import Dynamics
 from ..hyperparameters import Space
 from ..problem import Array
@@ -43,10 +45,17 @@ class Model:
             np.float64
         )
 
-    def hvp(self, theta: Array, V: Array, t: int) -> Array:
-        """(n, p) Hessian of the inner loss times each row of V."""
-        self.hvps += len(V)
-        return self._grads(theta, V, t, self._hvp).dG.astype(np.float64)
+    def curvature(self, theta: Array, t: int) -> Callable[[Array], Array]:
+        """V (n, p) -> (n, p), the Hessian of the inner loss times each row; training is linearised once."""
+        at, point = self._at(theta, t)
+        push = self.dynamics.linearise(checks.locked(at), point, self._hvp)
+
+        def hvp(V: Array) -> Array:
+            self.hvps += len(V)
+            still = {n: np.zeros((len(V), *point.seeds[n].shape[1:])) for n in self._loss}
+            return push(np.ascontiguousarray(V, self._dtype), still).astype(np.float64)
+
+        return hvp
 
     def mixed(self, theta: Array, t: int) -> Array:
         """(q, p) derivative of the inner gradient along the coordinates of phi, through the loss's hyperparameters."""

@@ -48,6 +48,7 @@ class Stage(NamedTuple):
     scale: Array  # (p,) root of rate times preconditioner
     unit: Array  # (p,) of the momentum's coordinates
     rate: Array  # (n,) reference rate
+    curvature: Callable[[Array], Array]  # V (n, p) -> (n, p) Hessian products at the centre
     basis: Basis
 
 
@@ -76,7 +77,7 @@ def operator(stage: Stage, model: Model) -> Callable[[Array], Array]:
     """V (n, p) -> (n, p): the step's curvature `scale (H + wd) scale` at the stage's centre."""
     c = stage.pieces[0].at.c
     decay = spread(c[frozen.WD], model) * stage.scale**2
-    return lambda V: stage.scale * model.hvp(stage.centre, stage.scale * V, stage.middle) + decay * V
+    return lambda V: stage.scale * stage.curvature(stage.scale * V) + decay * V
 
 
 def _masked(Q: Array, weights: Array, groups: tuple[int, ...]) -> Array:
@@ -193,9 +194,9 @@ def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array
     rate = parts[0].at.c[frozen.RATE]
     scale = np.sqrt(spread(rate, model) * D)
     unit = D / scale if dynamics.rule.name == "rmsprop" else 1 / scale
-    stage = Stage(
-        start, steps, parts, gradient, centre, start.t + steps // 2, D, scale, unit, rate, krylov.empty(start.theta.size)
-    )
+    middle = start.t + steps // 2
+    curvature, nothing = model.curvature(centre, middle), krylov.empty(start.theta.size)
+    stage = Stage(start, steps, parts, gradient, centre, middle, D, scale, unit, rate, curvature, nothing)
     force = gradient + spread(parts[0].at.c[frozen.WD], model) * start.theta
     starts = [scale * force, *(recycled / scale)]
     if parts[0].at.c[frozen.DECAY].any():

@@ -41,7 +41,7 @@ class Dynamics(NamedTuple):
     fixed: Mapping[str, Array]  # {optimizer hyperparameter that is not tuned: (n,)}
     loss_names: tuple[str, ...]  # hyperparameters that live in the loss
     grads: Callable[..., tuple[float, Grads]]  # (theta, point, Z, {loss name: seeds}, batch): views of the model's arrays
-    linearise: Callable[..., Callable[..., Array]]  # (theta, point, batch) -> push(V (n, p), {loss name: seeds}) -> (n, p)
+    linearise: Callable[..., Callable[..., Array]]  # (theta, point, batch, rough) -> push(V (n, p), seeds) -> (n, p)
     outer: Callable[..., tuple[float, Array, dict[str, Array]]]  # (theta, point, batch)
     outer_hvp: Callable[..., Array]  # (theta, point, V (n, p), batch) -> (n, p)
 
@@ -269,7 +269,7 @@ class CoreInner:
         empty = {n: point.seeds[n][:0] for n in self._loss_names}
         _, grads = self._call(theta, point, self._still.Z, empty, batch)
 
-        push = self._linearised(theta, point, batch)
+        push = self._linearised(theta, point, batch, False)
 
         def hvp(V: Array) -> Array:
             V = checks.rows("inner.linearise.hvp", V, theta)
@@ -363,12 +363,14 @@ class CoreInner:
             )
         return loss, Grads(g, dG)
 
-    def _linearised(self, theta: Array, point: Point, batch: Any) -> Callable[[Array, Mapping[str, Array]], Array]:
+    def _linearised(
+        self, theta: Array, point: Point, batch: Any, rough: bool
+    ) -> Callable[[Array, Mapping[str, Array]], Array]:
         """Tangents of the inner gradient at one point, any number of times."""
         if self.problem.linearise is None:
             return lambda V, along: self._call(theta, point, V, along, batch)[1].dG
         call = "problem.linearise"
-        push = self.problem.linearise(theta, self._hyper(point), batch)
+        push = self.problem.linearise(theta, self._hyper(point), batch, rough)
         if not callable(push):
             raise AdapterError(f"{call}: must return push, (Z (n, p), dhyper) -> dG (n, p), got {type(push).__name__}.")
         return lambda V, along: self._device.array(call, "push's dG", push(V, along), V.shape, theta.dtype)

@@ -59,8 +59,8 @@ class Problem:
       segments: lengths of the model's layers, in order, summing to p: what a per-group hyperparameter is spread over.
       outer_hvp: `(theta (p,), hyper, V (n, p), batch) -> (n, p)`, Hessian of the outer loss times each row of V;
         None: central differences of `outer` are used where it is needed.
-      linearise: `(theta (p,), hyper, batch) -> push`, with `push(Z (n, p), dhyper) -> dG (n, p)` as `grad_jvp`'s dG, any
-        number of times at the one point; None: `grad_jvp` is called each time.
+      linearise: `(theta (p,), hyper, batch, rough) -> push`, with `push(Z (n, p), dhyper) -> dG (n, p)` as `grad_jvp`'s
+        dG, any number of times at the one point; None: `grad_jvp` is called each time. rough: single precision will do.
       note: how the derivatives were made, where that is worth knowing (`"exact"`, `"central differences, ..."`).
       name: what tells this model from others of its size, for checkpoints: architecture and fixed terms of the loss.
       domains: `{name: (low, high)}` of loss hyperparameters that may not lie anywhere: natural values, both ends allowed.
@@ -76,7 +76,7 @@ class Problem:
     hyper: frozenset[str] | None = None
     segments: tuple[int, ...] | None = None
     outer_hvp: Callable[[Array, Hyper, Array, Any], Array] | None = None
-    linearise: Callable[[Array, Hyper, Any], Push] | None = None
+    linearise: Callable[[Array, Hyper, Any, bool], Push] | None = None
     note: str = "exact"
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     name: str = ""

@@ -25,6 +25,10 @@ class Kept(NamedTuple):
     slope: list[Any]  # (n, outputs) of hidden layers
     bend: list[Any]  # (n, outputs) of hidden layers
     residual: Residual
+    dA: list[Any]  # (n, outputs) work space of `push`, as the rest
+    dH: list[Any]  # (n, outputs) of hidden layers
+    spare: list[Any]  # (n, outputs)
+    square: list[Any]  # (inputs, outputs)
 
 
 _ACTIVATE = {TANH: _fused.tanh, RELU: _fused.relu, GELU: _fused.gelu}
@@ -32,13 +36,13 @@ _ACTIVATE = {TANH: _fused.tanh, RELU: _fused.relu, GELU: _fused.gelu}
 
 def size(network: Any, n: int) -> int:
     """Numbers that are kept for n examples."""
-    return n * (network.layers[0].shape[0] + 4 * sum(layer.outputs for layer in network.layers))
+    return n * (network.layers[0].shape[0] + 7 * sum(layer.outputs for layer in network.layers))
 
 
 def linearise(network: Any, theta: Any, X: Any, y: Any, terms: Any, g: Any) -> tuple[int, Kept]:
-    """g (p,) <- the gradient of `sum_i weight_i loss_i`; returns -1 or the first label that is no class, and what `push`
+    """In theta's dtype: g (p,) <- the gradient of `sum_i weight_i loss_i`; returns -1 or the first label that is no class, and what `push`
     needs."""
-    n, layers, dtype = len(X), network.layers, network.dtype
+    n, layers, dtype = len(X), network.layers, theta.dtype
     H, A, slope = [_inputs(n, layers[0], dtype)], [], []
     H[0][:, : layers[0].inputs] = X
     W = [layer.of(theta).copy() for layer in layers]
@@ -57,7 +61,9 @@ def linearise(network: Any, theta: Any, X: Any, y: Any, terms: Any, g: Any) -> t
             above = D[0] @ W[l][: layers[l].inputs].T
             bend.insert(0, _bend(network.activation, A[l - 1], H[l], slope[l - 1], above))
             D.insert(0, slope[l - 1] * above)
-    return bad, Kept(W, H, D, slope, bend, residual)
+    work = [[np.empty_like(a) for a in A], [np.empty_like(a) for a in A[:-1]], [np.empty_like(a) for a in A]]
+    square = [np.empty((layer.inputs, layer.outputs), dtype) for layer in layers]
+    return bad, Kept(W, H, D, slope, bend, residual, *work, square)
 
 
 def _inputs(n: int, layer: Any, dtype: Any) -> Any:
@@ -76,19 +82,24 @@ def _bend(activation: int, A: Any, H: Any, slope: Any, above: Any) -> Any:
 
 def push(network: Any, kept: Kept, z: Any, y: Any, terms: Any, out: Any) -> None:
     """out (p,) <- the tangent of the gradient along z (p,) and the terms' own, those of one direction."""
-    layers = network.layers
+    layers, W, H, dA, dH = network.layers, kept.W, kept.H, kept.dA, kept.dH
     dW = [layer.of(z) for layer in layers]
-    dA, dH = [kept.H[0] @ dW[0]], []
+    np.dot(H[0], dW[0], out=dA[0])
     for l in range(1, len(layers)):
-        dH.append(kept.slope[l - 1] * dA[l - 1])
-        dA.append(kept.H[l] @ dW[l] + dH[l - 1] @ kept.W[l][: layers[l].inputs])
+        np.multiply(kept.slope[l - 1], dA[l - 1], out=dH[l - 1])
+        np.dot(H[l], dW[l], out=dA[l])
+        dA[l] += np.dot(dH[l - 1], W[l][: layers[l].inputs], out=kept.spare[l])
     dD = dA[-1]
     network.loss.tangents(kept.residual, terms.weight, dD[None])
     terms.push(kept.residual, y, dD[None])
     for l in range(len(layers) - 1, -1, -1):
         ins, G = layers[l].inputs, layers[l].of(out)
-        np.matmul(kept.H[l].T, dD, out=G)
+        np.dot(H[l].T, dD, out=G)
         if l > 0:
-            G[:ins] += dH[l - 1].T @ kept.D[l]
-            above = dD @ kept.W[l][:ins].T + kept.D[l] @ dW[l][:ins].T
-            dD = kept.slope[l - 1] * above + kept.bend[l - 1] * dA[l - 1]
+            G[:ins] += np.dot(dH[l - 1].T, kept.D[l], out=kept.square[l])
+            below, spare = dH[l - 1], kept.spare[l - 1]  # dH has served
+            np.dot(dD, W[l][:ins].T, out=below)
+            below += np.dot(kept.D[l], dW[l][:ins].T, out=spare)
+            below *= kept.slope[l - 1]
+            below += np.multiply(kept.bend[l - 1], dA[l - 1], out=spare)
+            dD = below

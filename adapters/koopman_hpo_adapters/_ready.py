@@ -53,23 +53,25 @@ class Ready:
         with np.errstate(over="ignore", invalid="ignore"):
             return self._sum("outer_hvp", theta, V, X, y, self.settings.plain(len(y)))[2]
 
-    def linearise(self, theta, hyper, batch):
+    def linearise(self, theta, hyper, batch, rough):
         """`Problem.linearise`: pushes tangents (q, p) through one gradient that is worked out now."""
         X, y, index = self._batch("linearise", batch)
         self._flat("linearise", theta)
         if _linear.size(self.network, len(y)) > MOST_KEPT:
             return lambda Z, dhyper: self.grad_jvp(theta, hyper, Z, dhyper, batch)[2]
-        terms, g = self.settings.terms(hyper, {}, 0, y, index), np.empty_like(theta)
+        dtype = np.dtype(np.float32) if rough else theta.dtype
+        terms, g = self.settings.terms(hyper, {}, 0, y, index).of(dtype), np.empty(theta.shape, dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            bad, kept = _linear.linearise(self.network, theta, X, y, terms, g)
+            bad, kept = _linear.linearise(self.network, theta.astype(dtype), X, y, terms, g)
         self._verify("linearise", g, X, y, bad, 0)
 
         def push(Z, dhyper):
             q = self._flat("linearise", theta, Z)
-            along, dG = self.settings.terms(hyper, dhyper, q, y, index), np.empty(Z.shape, Z.dtype)
+            along, dG = self.settings.terms(hyper, dhyper, q, y, index).of(dtype), np.empty(Z.shape, dtype)
             with np.errstate(over="ignore", invalid="ignore"):
-                for j, (z, out) in enumerate(zip(Z, dG, strict=True)):
+                for j, (z, out) in enumerate(zip(Z.astype(dtype, copy=False), dG, strict=True)):
                     _linear.push(self.network, kept, z, y, along.block(slice(None), slice(j, j + 1)), out)
+                dG = dG.astype(theta.dtype, copy=False)
                 if along.l2 is not None:
                     self._penalise(theta, Z, along, np.zeros_like(theta), dG)
             return dG

@@ -33,23 +33,47 @@ def fresh(V: Array, Q: Array, most: int) -> Array:
         V = V - (V @ Q.T) @ Q
     if len(V) == 0 or most < 1:
         return V[:0]
+    if len(V) == 1:
+        size = np.linalg.norm(V)
+        if not size > DEPENDENT:
+            return V[:0]
+        V = V / size
+        V = V - (V @ Q.T) @ Q
+        return V / np.linalg.norm(V)
     q, r, _ = qr(V.T, mode="economic", pivoting=True, check_finite=False)
     W = q.T[np.abs(np.diag(r)) > DEPENDENT][:most]
     W = W - (W @ Q.T) @ Q
     return qr(W.T, mode="economic", check_finite=False)[0].T if len(W) else W
 
 
-def grow(basis: Basis, starts: Array, operator: Callable[[Array], Array], columns: int) -> Basis:
+def grow(
+    basis: Basis,
+    starts: Array,
+    operator: Callable[[Array], Array],
+    columns: int,
+    enough: Callable[[Basis], bool] = lambda basis: False,
+) -> Basis:
     """The block Krylov space of `starts` (n, p), added to a basis: at most `columns` more columns, one operator product
-    each; fewer where the space is invariant."""
+    each; fewer where the space is invariant, or `enough`."""
     left = columns
     V = fresh(starts, basis.Q, left)
     while len(V):
         image = operator(V)
         basis = Basis(np.concatenate([basis.Q, V]), np.concatenate([basis.image, image]))
+        if enough(basis):
+            break
         left -= len(V)
         V = fresh(image, basis.Q, left)
     return basis
+
+
+def left_out(basis: Basis, v: Array, time: float) -> float:
+    """What a flow `y' = -T y + v` over some time leaves outside the basis, relative to v (p,): the part of `T y` there."""
+    spectrum, U = np.linalg.eigh(projected(basis))
+    decay = np.maximum(spectrum, 1e-12 / time)
+    y = U @ (-np.expm1(-time * decay) / decay * (U.T @ (basis.Q @ v)))
+    r = y @ basis.image
+    return float(np.linalg.norm(r - (basis.Q @ r) @ basis.Q) / max(np.linalg.norm(v), 1e-300))
 
 
 def projected(basis: Basis) -> Array:

@@ -26,6 +26,7 @@ class _Plan(NamedTuple):
 
     steps: int
     columns: int
+    tolerance: float
     stages: int
     midpoint: bool
     noise: str | None
@@ -61,14 +62,15 @@ def estimate(
     val_batch: Any,
     steps: int,
     *,
-    columns: int = 16,
-    stages: int = 5,
+    columns: int = 24,
+    stages: int = 4,
     midpoint: bool = True,
     noise: str | None = None,
     batches: Sequence[Any] | None = None,
     hvp_batch: Any = None,
     samples: int = 8,
     depth: int = 4,
+    tolerance: float = 0.01,
     gate: float = GATE,
     seed: int = 0,
 ) -> Forecast:
@@ -81,7 +83,9 @@ def estimate(
       inner: a run of the core, at the window's end, its tangents as far back as h shall count.
       train_batch: what the mean gradient is taken on: everything, or much.  val_batch: of the outer loss.
       steps: inner steps to the horizon, >= 0; 0 gives the current hypergradient.
-      columns: Krylov columns of a stage, >= 3, one Hessian-vector product each; more than p are p.
+      columns: Krylov columns of a stage at most, >= 3, one Hessian-vector product each; more than p are p.
+      tolerance: a stage gets no more columns once they leave out less than this share of the change of its gradient, and
+        of the adjoint's; 0: all columns. With `columns` >= p it is 0.
       stages: how many are planned, each 1.6 times as long as the one before; where the frozen gradient goes astray they
         are shorter and up to twice as many, where it stays true longer and fewer.
       midpoint: take a stage's Hessian where its middle is expected, not at its start: costs nothing more.
@@ -114,6 +118,7 @@ def estimate(
     columns, stages = whole(call, "columns", columns, 3), whole(call, "stages", stages, 1, 30)
     samples, depth = whole(call, "samples", samples, 1), whole(call, "depth", depth, 1, 100)
     seed = whole(call, "seed", seed, 0)
+    tolerance = number(call, "tolerance", tolerance, "a share in [0, 1)", 0.0, 1.0)
     gate = number(call, "gate", gate, "a number > 0", 0.0, open_low=True)
     chosen = _batches(noise, batches, samples, seed)
     now = inner.hypergradient(val_batch).grad
@@ -123,7 +128,9 @@ def estimate(
         return _current(now, False, "last value: it is not finite, nor is the run")
     model = Model(inner.dynamics(), inner.space, train_batch, train_batch if hvp_batch is None else hvp_batch, val_batch)
     epoch = len(batches) if noise == "epoch" and batches is not None else None
-    plan = _Plan(steps, min(columns, inner.params.size), stages, midpoint, noise, epoch, chosen, depth)
+    p = inner.params.size
+    tolerance = 0.0 if columns >= p else tolerance
+    plan = _Plan(steps, min(columns, p), tolerance, stages, midpoint, noise, epoch, chosen, depth)
     with np.errstate(all="ignore"):
         try:
             return _rolled(model, plan, now, gate)
@@ -134,8 +141,8 @@ def estimate(
 def _rolled(model: Model, plan: _Plan, now: Array, gate: float) -> Forecast:
     """The estimate and its gate."""
     variance = roll.variance(model, plan.chosen) if plan.chosen and model.dynamics.state.slots.shape[0] > 1 else 0.0
-    rolled = roll.forward(model, plan.steps, plan.stages, plan.columns, plan.midpoint, variance)
-    h, fewer, paths = roll.backward(model, rolled, plan.columns)
+    rolled = roll.forward(model, plan.steps, plan.stages, plan.columns, plan.tolerance, plan.midpoint, variance)
+    h, fewer, paths = roll.backward(model, rolled, plan.columns, plan.tolerance)
     extra = doubt = np.zeros_like(h)
     if plan.noise is not None:
         last = rolled.stages[-1][0]

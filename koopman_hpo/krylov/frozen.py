@@ -104,10 +104,19 @@ def duals(dynamics: Dynamics, point: Point) -> dict[str, Dual]:
     return out
 
 
-def coefficients(dynamics: Dynamics, space: Space, t: int) -> Coefficients:
+def alike(dynamics: Dynamics, point: Point) -> Dynamics:
+    """The same with one group in place of several that never differ."""
+    tuned = [point.values[name] for name in dynamics.rule.defaults if name in point.values]
+    if any(np.ndim(x) for x in tuned) or any(np.ptp(x) for x in dynamics.fixed.values()):
+        return dynamics
+    fixed = {name: x[:1] for name, x in dynamics.fixed.items()}
+    return dynamics._replace(groups=(sum(dynamics.groups),), fixed=fixed)
+
+
+def coefficients(dynamics: Dynamics, point: Point, t: int) -> Coefficients:
     """Of step t, counting from 0."""
     rule = dynamics.rule
-    values = duals(dynamics, space.at(dynamics.phi, t))
+    values = duals(dynamics, point)
     rows = _CANONICAL[rule.name](*(rule.row(i, values, t + 1) for i in range(len(rule.rows))))
     return Coefficients(np.array([r.x for r in rows]), np.array([r.dx for r in rows]))
 
@@ -116,23 +125,23 @@ def _between(a: Coefficients, b: Coefficients) -> Coefficients:
     return Coefficients((a.c + b.c) / 2, (a.dc + b.dc) / 2)
 
 
-def pieces(dynamics: Dynamics, space: Space, t: int, steps: int) -> list[Piece]:
-    """Steps t to t + steps in runs of equal coefficients: every step of a schedule is read (of a long one, evenly
-    spaced ones), Adam's bias corrections at distances of a sixteenth of the steps taken."""
+def pieces(at: Callable[[int], Coefficients], space: Space, rule: Rule, t: int, steps: int) -> list[Piece]:
+    """Steps t to t + steps in runs of equal coefficients `at` a step: every step of a schedule is read (of a long one,
+    evenly spaced ones), Adam's bias corrections at distances of a sixteenth of the steps taken."""
     if space.scheduled:
         cuts = np.unique(np.linspace(0, steps, min(steps, MOST_PIECES) + 1).astype(np.int64))
     else:
         marks = [0, min(1, steps)]
-        while dynamics.rule.timed and dynamics.rule.settled is None and marks[-1] < steps:
+        while rule.timed and rule.settled is None and marks[-1] < steps:
             marks.append(min(steps, marks[-1] + max(1, (t + marks[-1]) // 16)))
         cuts = np.unique([*marks, steps])
     out: list[Piece] = []
     for a, b in pairwise(cuts):
-        at = _between(coefficients(dynamics, space, t + int(a)), coefficients(dynamics, space, t + int(b) - 1))
-        if out and all(map(np.array_equal, at, out[-1].at)):
-            out[-1] = Piece(at, out[-1].steps + int(b - a))
+        between = _between(at(t + int(a)), at(t + int(b) - 1))
+        if out and all(map(np.array_equal, between, out[-1].at)):
+            out[-1] = Piece(between, out[-1].steps + int(b - a))
         else:
-            out.append(Piece(at, int(b - a)))
+            out.append(Piece(between, int(b - a)))
     return out
 
 
@@ -152,6 +161,8 @@ class Small(NamedTuple):
 
 def _mix(c: Array, G: Array) -> Array:
     """sum_g c_g G_g."""
+    if len(c) == 1:
+        return c[0] * G[..., 0, :, :]
     return np.einsum("g,...gab->...ab", c, G)
 
 
@@ -184,6 +195,11 @@ def along(f: Callable[[Array], Any], at: Coefficients) -> list[Any]:
     return [f(at.c + 1j * COMPLEX_STEP * at.dc[:, j]).imag / COMPLEX_STEP for j in range(at.dc.shape[1])]
 
 
+def speed(at: Coefficients, rate: Array) -> float:
+    """Distance, in steps of size one, that a step goes down a constant gradient once momentum has built up."""
+    return float((at.c[RATE] / rate).max() * at.c[KEEP].max() / (1 - at.c[MU].max()))
+
+
 def ceiling(at: Coefficients, small: Small) -> float:
     """Largest eigenvalue of `T + W` at which the frozen step does not grow."""
     mu = float(at.c[MU].max())
@@ -193,6 +209,4 @@ def ceiling(at: Coefficients, small: Small) -> float:
 
 def floor(at: Coefficients, small: Small, rate: float) -> float:
     """Negative curvature, as a positive number, at which the frozen step grows by `rate` (its exponent), roughly."""
-    mu = float(at.c[MU].max())
-    gain = float((at.c[RATE] / small.rate).max() * at.c[KEEP].max())
-    return rate * (1 - mu) / gain
+    return rate / speed(at, small.rate)

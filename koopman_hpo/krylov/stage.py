@@ -94,8 +94,8 @@ def _summed(Q: Array, v: Array, groups: tuple[int, ...]) -> Array:
 def path(stage: Stage, model: Model, basis: Basis) -> Path:
     """The stage in a basis: its small system with the curvature clipped against growth, and the way through its pieces."""
     rule, groups, Q, start = model.dynamics.rule, model.dynamics.groups, basis.Q, stage.start
-    G = _masked(Q, np.ones(Q.shape[1]), groups)
-    plain = rule.name == "sgd"
+    plain, one = rule.name == "sgd", len(groups) == 1
+    G = np.eye(len(Q))[None] if one else _masked(Q, np.ones(Q.shape[1]), groups)
     small = Small(
         T=krylov.projected(basis),
         b=Q @ (stage.scale * stage.gradient),
@@ -183,43 +183,46 @@ def mixed(stage: Stage, model: Model, way: Path, basis: Basis, D: Array, toleran
     return h
 
 
-def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array, recycled: Array, columns: int) -> Stage:
-    """A stage from a state: its preconditioner, and the Krylov space of the gradient and of `recycled` (n, p) directions.
+def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array, columns: int, tolerance: float) -> Stage:
+    """A stage from a state: its preconditioner, and the Krylov space of the gradient, as far as the tolerance asks.
 
     The momentum follows the gradient so closely that it joins only where they leave columns: depth is worth more.
     """
     dynamics = model.dynamics
-    parts = frozen.pieces(dynamics, model.space, start.t, steps)
+    parts = model.pieces(start.t, steps)
     D = preconditioner(start, model)
     rate = parts[0].at.c[frozen.RATE]
     scale = np.sqrt(spread(rate, model) * D)
     unit = D / scale if dynamics.rule.name == "rmsprop" else 1 / scale
     middle = start.t + steps // 2
-    curvature, nothing = model.curvature(centre, middle), krylov.empty(start.theta.size)
+    curvature, nothing = model.curvature(centre, middle, tolerance > 0), krylov.empty(start.theta.size)
     stage = Stage(start, steps, parts, gradient, centre, middle, D, scale, unit, rate, curvature, nothing)
-    force = gradient + spread(parts[0].at.c[frozen.WD], model) * start.theta
-    starts = [scale * force, *(recycled / scale)]
-    if parts[0].at.c[frozen.DECAY].any():
-        starts.append(start.theta / scale)
-    return stage._replace(basis=_grown(stage, model, np.array(starts), start.momentum / unit, columns))
+    force = scale * (gradient + spread(parts[0].at.c[frozen.WD], model) * start.theta)
+    starts = [force, start.theta / scale] if parts[0].at.c[frozen.DECAY].any() else [force]
+    return stage._replace(basis=_grown(stage, model, np.array(starts), start.momentum / unit, columns, tolerance))
 
 
 def shorter(stage: Stage, model: Model, steps: int) -> Stage:
     """The same stage, ended earlier."""
-    parts = frozen.pieces(model.dynamics, model.space, stage.start.t, steps)
+    parts = model.pieces(stage.start.t, steps)
     return stage._replace(steps=steps, pieces=parts)
 
 
-def _grown(stage: Stage, model: Model, starts: Array, momentum: Array, columns: int) -> Basis:
-    product = operator(stage, model)
-    basis = krylov.grow(stage.basis, starts, product, columns)
-    left = columns - (len(basis.Q) - len(stage.basis.Q))
-    return krylov.grow(basis, momentum[None], product, left)
+def _grown(stage: Stage, model: Model, starts: Array, momentum: Array, columns: int, tolerance: float) -> Basis:
+    """The stage's basis and the Krylov space of `starts` (n, p): at most so many columns more, and no more than it takes to
+    leave out less than `tolerance` of what the first of them becomes in the stage; then of the momentum."""
+    time = stage.steps * max(frozen.speed(piece.at, stage.rate) for piece in stage.pieces)
+    product, own = operator(stage, model), len(stage.basis.Q)
+    enough = lambda basis: krylov.left_out(basis, starts[0], time) < tolerance
+    basis = krylov.grow(stage.basis, starts, product, columns, enough)
+    if tolerance > 0:
+        return basis
+    return krylov.grow(basis, momentum[None], product, columns - (len(basis.Q) - own))
 
 
-def grown(stage: Stage, model: Model, adjoint: Adjoint, columns: int) -> Basis:
+def grown(stage: Stage, model: Model, adjoint: Adjoint, columns: int, tolerance: float) -> Basis:
     """The stage's basis and the Krylov space of the adjoint at its end."""
-    return _grown(stage, model, (stage.scale * adjoint.theta)[None], stage.unit * adjoint.momentum, columns)
+    return _grown(stage, model, (stage.scale * adjoint.theta)[None], stage.unit * adjoint.momentum, columns, tolerance)
 
 
 def defect(stage: Stage, way: Path, gradient: Array) -> float:
@@ -251,7 +254,7 @@ def preconditioner(start: State, model: Model) -> Array:
     dynamics = model.dynamics
     if start.square is None:
         return np.ones_like(start.theta)
-    values = frozen.duals(dynamics, model.space.at(dynamics.phi, start.t))
+    values = frozen.duals(dynamics, model.point(start.t))
     eps = spread(values["eps"].x, model)
     if dynamics.rule.name == "rmsprop":
         w = start.square if start.mean is None else start.square - start.mean**2

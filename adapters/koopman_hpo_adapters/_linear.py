@@ -40,8 +40,8 @@ def size(network: Any, n: int) -> int:
 
 
 def linearise(network: Any, theta: Any, X: Any, y: Any, terms: Any, g: Any) -> tuple[int, Kept]:
-    """In theta's dtype: g (p,) <- the gradient of `sum_i weight_i loss_i`; returns -1 or the first label that is no class, and what `push`
-    needs."""
+    """g (p,) <- the gradient of `sum_i weight_i loss_i`, in theta's dtype; returns -1 or the first label that is no class,
+    and what `push` needs."""
     n, layers, dtype = len(X), network.layers, theta.dtype
     H, A, slope = [_inputs(n, layers[0], dtype)], [], []
     H[0][:, : layers[0].inputs] = X
@@ -54,16 +54,20 @@ def linearise(network: Any, theta: Any, X: Any, y: Any, terms: Any, g: Any) -> t
             _ACTIVATE[network.activation](A[l], H[l + 1], slope[l])
     residual = Residual(*(np.empty_like(A[-1]) for _ in range(3)))
     _, bad = network.loss.value(A[-1], y, terms.smoothing, terms.weight, residual)
-    D, bend = [residual.D], []
+    D: list[Any] = [residual.D]
+    bend: list[Any] = []
     for l in range(len(W) - 1, -1, -1):
         layers[l].of(g)[...] = H[l].T @ D[0]
         if l > 0:
             above = D[0] @ W[l][: layers[l].inputs].T
             bend.insert(0, _bend(network.activation, A[l - 1], H[l], slope[l - 1], above))
             D.insert(0, slope[l - 1] * above)
-    work = [[np.empty_like(a) for a in A], [np.empty_like(a) for a in A[:-1]], [np.empty_like(a) for a in A]]
     square = [np.empty((layer.inputs, layer.outputs), dtype) for layer in layers]
-    return bad, Kept(W, H, D, slope, bend, residual, *work, square)
+    return bad, Kept(W, H, D, slope, bend, residual, _like(A), _like(A[:-1]), _like(A), square)
+
+
+def _like(arrays: list[Any]) -> list[Any]:
+    return [np.empty_like(a) for a in arrays]
 
 
 def _inputs(n: int, layer: Any, dtype: Any) -> Any:

@@ -70,7 +70,7 @@ def estimate(
     hvp_batch: Any = None,
     samples: int = 8,
     depth: int = 4,
-    tolerance: float = 0.01,
+    tolerance: float = 0.02,
     gate: float = GATE,
     seed: int = 0,
 ) -> Forecast:
@@ -85,7 +85,8 @@ def estimate(
       steps: inner steps to the horizon, >= 0; 0 gives the current hypergradient.
       columns: Krylov columns of a stage at most, >= 3, one Hessian-vector product each; more than p are p.
       tolerance: a stage gets no more columns once they leave out less than this share of the change of its gradient, and
-        of the adjoint's; 0: all columns. With `columns` >= p it is 0.
+        ten times that of the adjoint's; its products are in single precision where the model has it. 0: all columns, full
+        precision; so it is where `columns` >= p.
       stages: how many are planned, each 1.6 times as long as the one before; where the frozen gradient goes astray they
         are shorter and up to twice as many, where it stays true longer and fewer.
       midpoint: take a stage's Hessian where its middle is expected, not at its start: costs nothing more.
@@ -118,7 +119,7 @@ def estimate(
     columns, stages = whole(call, "columns", columns, 3), whole(call, "stages", stages, 1, 30)
     samples, depth = whole(call, "samples", samples, 1), whole(call, "depth", depth, 1, 100)
     seed = whole(call, "seed", seed, 0)
-    tolerance = number(call, "tolerance", tolerance, "a share in [0, 1)", 0.0, 1.0)
+    tolerance = number(call, "tolerance", tolerance, "a share in [0, 1)", 0.0, 1.0, open_high=True)
     gate = number(call, "gate", gate, "a number > 0", 0.0, open_low=True)
     chosen = _batches(noise, batches, samples, seed)
     now = inner.hypergradient(val_batch).grad

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -161,13 +161,16 @@ class Small(NamedTuple):
 
 def _mix(c: Array, G: Array) -> Array:
     """sum_g c_g G_g."""
-    if len(c) == 1:
-        return c[0] * G[..., 0, :, :]
-    return np.einsum("g,...gab->...ab", c, G)
+    if c.shape[-1] == 1:
+        return c[..., None] * G[..., 0, :, :]
+    return np.einsum("...g,...gab->...ab", c, G)
 
 
 def step(small: Small, c: Array) -> tuple[Array, Array]:
-    """The step as a matrix A (..., 2m+1, 2m+1) on (x, w, 1), and J (..., 2m, m), what it makes of a change of d."""
+    """The step as a matrix A (..., 2m+1, 2m+1) on (x, w, 1), and J (..., 2m, m), what it makes of a change of d.
+
+    c: (6, ..., n), whose leading dimensions go with those of `small`.
+    """
     m = small.T.shape[-1]
     eye = np.eye(m)
     mu, keep, rate = _mix(c[MU], small.G), _mix(c[KEEP], small.G), _mix(c[RATE] / small.rate, small.G)
@@ -177,22 +180,27 @@ def step(small: Small, c: Array) -> tuple[Array, Array]:
     else:
         out = rate @ turn
     total = small.T + _mix(c[WD] * small.rate, small.D)
-    b = small.b + np.einsum("g,...ga->...a", c[WD], small.P)
-    J = np.concatenate([-out @ (eye + mu @ keep if small.nesterov else keep), keep], axis=-2)
-    A = np.zeros((*total.shape[:-2], 2 * m + 1, 2 * m + 1), J.dtype)
+    b = small.b + np.sum(c[WD][..., None] * small.P, axis=-2)
+    down = -out @ (eye + mu @ keep if small.nesterov else keep)
+    J = np.concatenate(np.broadcast_arrays(down, keep), axis=-2)
+    A = np.zeros((*np.broadcast_shapes(J.shape[:-2], total.shape[:-2]), 2 * m + 1, 2 * m + 1), J.dtype)
     A[..., : 2 * m, :m] = J @ total
     A[..., :m, :m] += eye - _mix(c[DECAY], small.G)
     A[..., :m, m : 2 * m] = -out @ (mu @ mu if small.nesterov else mu)
     A[..., m : 2 * m, m : 2 * m] = mu
-    A[..., : 2 * m, 2 * m] = np.einsum("...ab,...b->...a", J, b)
-    A[..., :m, 2 * m] -= np.einsum("g,...ga->...a", c[DECAY], small.Y)
+    A[..., : 2 * m, 2 * m] = (J @ b[..., None])[..., 0]
+    A[..., :m, 2 * m] -= np.sum(c[DECAY][..., None] * small.Y, axis=-2)
     A[..., 2 * m, 2 * m] = 1
     return A, J
 
 
-def along(f: Callable[[Array], Any], at: Coefficients) -> list[Any]:
-    """[df / dphi_j], j < q, of an analytic function of the coefficients, by complex steps: exact to rounding."""
-    return [f(at.c + 1j * COMPLEX_STEP * at.dc[:, j]).imag / COMPLEX_STEP for j in range(at.dc.shape[1])]
+def along(f: Callable[[Array], Array], at: Coefficients, batch: int = 0) -> Array:
+    """(q, ...) df / dphi_j of an analytic function of the coefficients, by complex steps: exact to rounding.
+
+    f takes c (6, q, 1, ..., n), with `batch` ones, and gives (q, ...).
+    """
+    c = at.c[:, None] + 1j * COMPLEX_STEP * at.dc  # (6, q, n)
+    return f(c.reshape(*c.shape[:2], *(1,) * batch, c.shape[2])).imag / COMPLEX_STEP
 
 
 def speed(at: Coefficients, rate: Array) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..problem import Array
 from . import stage as stages
-from .basis import Basis
+from .basis import Basis, selected
 from .frozen import duals
 from .model import Model
 from .stage import Adjoint, Path, Stage, State
@@ -18,7 +18,7 @@ FORWARD = 0.6  # share of the columns that the parameters get; the adjoint gets 
 RATIO = 1.6  # of a stage's length to that of the one before, as planned
 GROWTH = (0.5, 2.5)  # bounds of that ratio as the defects ask for it
 MIXED = 1e-2  # share of the mixed derivative's change along a stage that may be left out
-LOOSE = 30.0  # times the tolerance may be missed by the adjoint, whose error counts only beside the parameters'
+LOOSE = 10.0  # times the tolerance may be missed by the adjoint: what it does to h is smaller
 TRUST = 0.04  # defect of a stage that is as large as it should be
 ASTRAY = 0.1  # defect beyond which a stage is cut short
 CUTS = 3  # how often it may be halved
@@ -142,7 +142,7 @@ def thinned(basis: Basis, own: int) -> Basis:
     m = len(basis.Q)
     kept = lambda n: n - max(n // 4, int(n > 1))
     keep = np.r_[0 : kept(own), own : own + kept(m - own)]
-    return Basis(basis.Q[keep], basis.image[keep])
+    return selected(basis, keep)
 
 
 def variance(model: Model, batches: list[Any]) -> Array:

@@ -88,6 +88,8 @@ def _masked(Q: Array, weights: Array, groups: tuple[int, ...]) -> Array:
 
 def _summed(Q: Array, v: Array, groups: tuple[int, ...]) -> Array:
     """(n, m): `Q v` of each group."""
+    if len(groups) == 1:
+        return (Q @ v)[None]
     return np.add.reduceat(Q * v, np.cumsum([0, *groups[:-1]]), axis=1).T
 
 
@@ -97,7 +99,7 @@ def path(stage: Stage, model: Model, basis: Basis) -> Path:
     plain, one = rule.name == "sgd", len(groups) == 1
     G = np.eye(len(Q))[None] if one else _masked(Q, np.ones(Q.shape[1]), groups)
     small = Small(
-        T=krylov.projected(basis),
+        T=basis.T,
         b=Q @ (stage.scale * stage.gradient),
         G=G,
         D=G if plain else _masked(Q, stage.preconditioner, groups),
@@ -138,7 +140,7 @@ def back(stage: Stage, model: Model, way: Path, basis: Basis, adjoint: Adjoint) 
 
 
 def _contracted(small: Small, Gamma: Array, c: Array) -> Array:
-    return np.sum(frozen.step(small, c)[0] * Gamma)
+    return np.sum(frozen.step(small, c)[0] * Gamma, axis=(-2, -1))
 
 
 def _swept(A: Array, lam: Array, y: Array, steps: int) -> tuple[Array, Array]:
@@ -184,10 +186,7 @@ def mixed(stage: Stage, model: Model, way: Path, basis: Basis, D: Array, toleran
 
 
 def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array, columns: int, tolerance: float) -> Stage:
-    """A stage from a state: its preconditioner, and the Krylov space of the gradient, as far as the tolerance asks.
-
-    The momentum follows the gradient so closely that it joins only where they leave columns: depth is worth more.
-    """
+    """A stage from a state: its preconditioner, and the Krylov space of the gradient, as far as the tolerance asks."""
     dynamics = model.dynamics
     parts = model.pieces(start.t, steps)
     D = preconditioner(start, model)
@@ -210,14 +209,16 @@ def shorter(stage: Stage, model: Model, steps: int) -> Stage:
 
 def _grown(stage: Stage, model: Model, starts: Array, momentum: Array, columns: int, tolerance: float) -> Basis:
     """The stage's basis and the Krylov space of `starts` (n, p): at most so many columns more, and no more than it takes to
-    leave out less than `tolerance` of what the first of them becomes in the stage; then of the momentum."""
-    time = stage.steps * max(frozen.speed(piece.at, stage.rate) for piece in stage.pieces)
+    leave out less than `tolerance` of what the first of them becomes in the stage; then, likewise, of the momentum, where
+    the way that it goes by itself is more than that beside the way of the first."""
+    speed = max(frozen.speed(piece.at, stage.rate) for piece in stage.pieces)
     product, own = operator(stage, model), len(stage.basis.Q)
-    enough = lambda basis: krylov.left_out(basis, starts[0], time) < tolerance
-    basis = krylov.grow(stage.basis, starts, product, columns, enough)
-    if tolerance > 0:
+    settled = lambda v, time: lambda basis: krylov.left_out(basis, v, time) < tolerance
+    basis = krylov.grow(stage.basis, starts, product, columns, settled(starts[0], stage.steps * speed))
+    way = np.linalg.norm(krylov.flown(basis, starts[0], stage.steps * speed))
+    if speed * krylov.outside(basis, momentum) <= tolerance * way:
         return basis
-    return krylov.grow(basis, momentum[None], product, columns - (len(basis.Q) - own))
+    return krylov.grow(basis, momentum[None], product, columns - (len(basis.Q) - own), settled(momentum, speed))
 
 
 def grown(stage: Stage, model: Model, adjoint: Adjoint, columns: int, tolerance: float) -> Basis:
@@ -226,11 +227,11 @@ def grown(stage: Stage, model: Model, adjoint: Adjoint, columns: int, tolerance:
 
 
 def defect(stage: Stage, way: Path, gradient: Array) -> float:
-    """How far the frozen gradient at the stage's end is from the true one (p,) there, relative to that at its start."""
+    """How far the frozen gradient at the stage's end is from the true one (p,) there, relative to that at its start: what
+    the curvature has changed, and what the columns leave out."""
     m, Q = len(stage.basis.Q), stage.basis.Q
-    frozen_gradient = way.small.b + way.small.T @ way.end[:m]
-    size = float(np.linalg.norm(way.small.b))
-    return float(np.linalg.norm(Q @ (stage.scale * gradient) - frozen_gradient) / max(size, 1e-300))
+    change = stage.scale * (gradient - stage.gradient) - (way.small.T @ way.end[:m]) @ Q
+    return float(np.linalg.norm(change)) / max(float(np.linalg.norm(stage.scale * stage.gradient)), 1e-300)
 
 
 def where(stage: Stage, way: Path, steps: int) -> Array:

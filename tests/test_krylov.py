@@ -281,8 +281,8 @@ def test_momentum_joins_where_it_counts():
     before = run.snapshot()
     before["slots"] = 3 * np.random.default_rng(1).normal(size=before["slots"].shape)
     run.restore(before)
-    found = estimate(run, None, None, 12, columns=11)
-    assert apart(found.estimate, rest(run, 12)) < 0.02
+    found = estimate(run, None, None, 12, columns=8)
+    assert apart(found.estimate, rest(run, 12)) < 0.05  # .085 without
 
 
 def test_few_columns_are_less_sure_than_all():

@@ -70,25 +70,25 @@ def forward(
         k = left if len(out) + 1 == 2 * count or 1.25 * k > left else k
         centre = ahead(k // 2) if ahead is not None else here.theta
         stage = stages.begin(here, k, model, gradient, centre, share, tolerance)
-        stage, way, there, gradient, defect = _trusted(stage, model, CUTS if len(out) + 1 < 2 * count else 0)
+        stage, way, there, gradient, (defect, whole) = _trusted(stage, model, CUTS if len(out) + 1 < 2 * count else 0)
         out.append((stage, way))
-        defects.append(defect)
         ahead = partial(_beyond, stage, way) if midpoint and defect < ASTRAY else None
         here = squared(stage, there, gradient, model, variance)
+        defects.append(max(defect, whole) + stages.moved(stage, here, model))
         left -= stage.steps
         k = max(1, int(stage.steps * np.clip(np.sqrt(TRUST / max(defect, 1e-12)), *GROWTH)))
     return Rolled(out, defects, here)
 
 
-def _trusted(stage: Stage, model: Model, cuts: int) -> tuple[Stage, Path, State, Array, float]:
+def _trusted(stage: Stage, model: Model, cuts: int) -> tuple[Stage, Path, State, Array, tuple[float, float]]:
     """The stage, halved while its end is astray: with its products as they are, for a gradient each time."""
     while True:
         way = stages.path(stage, model, stage.basis)
         there = stages.end(stage, way)
         gradient = model.gradient(there.theta, there.t)
         defect = stages.defect(stage, way, gradient)
-        if defect <= ASTRAY or not cuts or stage.steps < 2:
-            if not np.isfinite(defect):
+        if defect[0] <= ASTRAY or not cuts or stage.steps < 2:
+            if not np.isfinite(defect).all():
                 raise np.linalg.LinAlgError("its gradient is not finite")
             return stage, way, there, gradient, defect
         cuts -= 1

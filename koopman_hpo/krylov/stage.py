@@ -226,12 +226,23 @@ def grown(stage: Stage, model: Model, adjoint: Adjoint, columns: int, tolerance:
     return _grown(stage, model, (stage.scale * adjoint.theta)[None], stage.unit * adjoint.momentum, columns, tolerance)
 
 
-def defect(stage: Stage, way: Path, gradient: Array) -> float:
-    """How far the frozen gradient at the stage's end is from the true one (p,) there, relative to that at its start: what
-    the curvature has changed, and what the columns leave out."""
+def defect(stage: Stage, way: Path, gradient: Array) -> tuple[float, float]:
+    """How far the frozen gradient at the stage's end is from the true one (p,) there, relative to that at its start: within
+    the basis, what the curvature has changed; and in the whole space, with what the columns leave out."""
     m, Q = len(stage.basis.Q), stage.basis.Q
     change = stage.scale * (gradient - stage.gradient) - (way.small.T @ way.end[:m]) @ Q
-    return float(np.linalg.norm(change)) / max(float(np.linalg.norm(stage.scale * stage.gradient)), 1e-300)
+    size = np.maximum([np.linalg.norm(way.small.b), np.linalg.norm(stage.scale * stage.gradient)], 1e-300)
+    return float(np.linalg.norm(Q @ change) / size[0]), float(np.linalg.norm(change) / size[1])
+
+
+def moved(stage: Stage, there: State, model: Model) -> float:
+    """How far the preconditioner has moved by the stage's end, on the gradient's coordinates: half of it, for it was frozen
+    at the start and not in the middle."""
+    if there.square is None:
+        return 0.0
+    force = stage.scale * stage.gradient
+    change = preconditioner(there, model) / stage.preconditioner - 1
+    return 0.5 * float(np.linalg.norm(change * force)) / max(float(np.linalg.norm(force)), 1e-300)
 
 
 def where(stage: Stage, way: Path, steps: int) -> Array:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from . import strategies
 from .errors import HyperparameterError
 from .guard import Guard, coherence
 from .history import Record
@@ -37,15 +38,14 @@ def opened(tuner: Tuner, s: State, number: int, start: dict[str, NDArray] | None
     return s._replace(window=Window(start, number, tuner.mode_of.length(tuner, s)))
 
 
-def close(tuner: Tuner, s: State, value: float) -> Outcome:
-    """The end of the window that s has run through, with the outer loss found there."""
+def close(tuner: Tuner, s: State, value: float, val_batch: Any) -> Outcome:
+    """The end of the window that s has run through, with the outer loss found there on `val_batch`."""
     H, mode, space = np.array(s.window.H), tuner.mode_of, tuner.inner.space
     why = verdict(tuner, s, value, H)
     if why:
         return back(tuner, s, why, value)
     s = s._replace(rollbacks=0, value=value, best=better(tuner, s, value))
-    ahead = max(0, round(mode.left(tuner, s) / tuner.spacing(s.window.length)))
-    forecast = _estimate(tuner, H, ahead)
+    forecast = _estimate(tuner, s, H, val_batch)
     s, doubt = _doubt(tuner, s, H[-1])
     target = s.phi
     if not np.isfinite(forecast.value).all():
@@ -115,8 +115,13 @@ def better(tuner: Tuner, s: State, value: float) -> Best:
     return best
 
 
-def _estimate(tuner: Tuner, H: Array, ahead: int) -> Forecast:
-    forecast, q = tuner.strategy.estimate(H, ahead), H.shape[1]
+def _estimate(tuner: Tuner, s: State, H: Array, val_batch: Any) -> Forecast:
+    steps, length, q = max(0, tuner.mode_of.left(tuner, s)), s.window.length, H.shape[1]
+    ahead, look = round(steps / tuner.spacing(length)), getattr(tuner.strategy, "look", None)
+    if look is None:
+        forecast = tuner.strategy.estimate(H, ahead)
+    else:
+        forecast = look(H, ahead, strategies.Window(tuner.inner, val_batch, steps, length))
     if not (isinstance(forecast, Forecast) and np.shape(forecast.value) == np.shape(forecast.error) == (q,)):
         raise HyperparameterError(
             f"Tuner: {type(tuner.strategy).__name__}.estimate must return a Forecast with value and error (q,) = ({q},), "

@@ -41,6 +41,7 @@ class Dynamics(NamedTuple):
     fixed: Mapping[str, Array]  # {optimizer hyperparameter that is not tuned: (n,)}
     loss_names: tuple[str, ...]  # hyperparameters that live in the loss
     grads: Callable[..., tuple[float, Grads]]  # (theta, point, Z, {loss name: seeds}, batch): views of the model's arrays
+    linearise: Callable[..., Callable[..., Array]]  # (theta, point, batch, rough) -> push(V (n, p), seeds) -> (n, p)
     outer: Callable[..., tuple[float, Array, dict[str, Array]]]  # (theta, point, batch)
     outer_hvp: Callable[..., Array]  # (theta, point, V (n, p), batch) -> (n, p)
 
@@ -264,6 +265,7 @@ class CoreInner:
             self._fixed,
             self._loss_names,
             self._grads_at,
+            self._linearised,
             self._outer_at,
             self._outer_hvp,
         )
@@ -277,10 +279,12 @@ class CoreInner:
         empty = {n: point.seeds[n][:0] for n in self._loss_names}
         _, grads = self._grads_at(theta, point, np.empty((0, theta.size), theta.dtype), empty, batch)
 
+        push = self._linearised(theta, point, batch, False)
+
         def hvp(V: Array) -> Array:
             V = checks.rows("inner.linearise.hvp", V, theta)
             still = {n: np.zeros((len(V), *point.seeds[n].shape[1:])) for n in self._loss_names}
-            return self._grads_at(theta, point, V, still, batch)[1].dG.copy()
+            return push(V, still).copy()
 
         def outer_hvp(V: Array) -> Array:
             return self._outer_hvp(theta, point, checks.rows("inner.linearise.outer_hvp", V, theta), val_batch)
@@ -362,6 +366,19 @@ class CoreInner:
                 f"not. Look for NaN or inf in the batch, or scale down the initialisation."
             )
         return loss, Grads(g, dG)
+
+    def _linearised(
+        self, theta: Array, point: Point, batch: Any, rough: bool
+    ) -> Callable[[Array, Mapping[str, Array]], Array]:
+        """Tangents of the inner gradient at one point, any number of times."""
+        if self.problem.linearise is None:
+            return lambda V, along: self._grads_at(theta, point, V, along, batch)[1].dG
+        call, put = "problem.linearise", self._device.put
+        push = self.problem.linearise(put(theta), self._hyper(point), batch, rough)
+        if not callable(push):
+            raise AdapterError(f"{call}: must return push, (Z (n, p), dhyper) -> dG (n, p), got {type(push).__name__}.")
+        array, read = self._device.array, self._device.read
+        return lambda V, along: read(array(call, "push's dG", push(put(V), along), V.shape, theta.dtype))
 
     def _outer(self, theta: Array, point: Point, batch: Any) -> tuple[float, Array, dict[str, Array]]:
         call = "problem.outer"

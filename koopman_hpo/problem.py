@@ -19,6 +19,7 @@ from .errors import AdapterError, ShapeError, names, reals, short
 
 Array = NDArray[Any]
 Hyper = Mapping[str, Any]
+Push = Callable[[Array, Hyper], Array]  # (Z (n, p), dhyper) -> dG (n, p)
 
 
 class Hypergradient(NamedTuple):
@@ -58,6 +59,8 @@ class Problem:
       segments: lengths of the model's layers, in order, summing to p: what a per-group hyperparameter is spread over.
       outer_hvp: `(theta (p,), hyper, V (n, p), batch) -> (n, p)`, Hessian of the outer loss times each row of V;
         None: central differences of `outer` are used where it is needed.
+      linearise: `(theta (p,), hyper, batch, rough) -> push`, with `push(Z (n, p), dhyper) -> dG (n, p)` as `grad_jvp`'s
+        dG, any number of times at the one point; None: `grad_jvp` is called each time. rough: single precision will do.
       note: how the derivatives were made, where that is worth knowing (`"exact"`, `"central differences, ..."`).
       name: what tells this model from others of its size, for checkpoints: architecture and fixed terms of the loss.
       domains: `{name: (low, high)}` of loss hyperparameters that may not lie anywhere: natural values, both ends allowed.
@@ -73,6 +76,7 @@ class Problem:
     hyper: frozenset[str] | None = None
     segments: tuple[int, ...] | None = None
     outer_hvp: Callable[[Array, Hyper, Array, Any], Array] | None = None
+    linearise: Callable[[Array, Hyper, Any, bool], Push] | None = None
     note: str = "exact"
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     name: str = ""
@@ -80,9 +84,9 @@ class Problem:
     def __post_init__(self) -> None:
         params = _params(self.params)
         segments = _segments(self.segments, params.size)
-        for name in ("grad_jvp", "outer", "outer_hvp"):
+        for name in ("grad_jvp", "outer", "outer_hvp", "linearise"):
             function = getattr(self, name)
-            if not callable(function) and (name != "outer_hvp" or function is not None):
+            if not callable(function) and (name in ("grad_jvp", "outer") or function is not None):
                 raise AdapterError(f"Problem: {name} must be a function, got {short(function)}.")
         object.__setattr__(self, "params", params)
         object.__setattr__(self, "segments", segments)

@@ -26,6 +26,8 @@ def strategy(value: Any) -> None:
 
 def check(tuner: Tuner) -> None:
     require("Tuner", tuner.inner, HyperparameterError)
+    if hasattr(tuner.strategy, "suits"):
+        tuner.strategy.suits(tuner.inner)
     if tuner.inner.space.q == 0:
         raise HyperparameterError("Tuner: the space is empty, so there is nothing to tune.")
     if tuner.mode not in ("online", "restart"):

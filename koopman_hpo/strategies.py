@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import koopman
-from .errors import HyperparameterError, choice, number, whole
+from . import koopman, krylov
+from .engine import CoreInner
+from .errors import AdapterError, HyperparameterError, choice, number, whole
+from .inner import Inner
 from .koopman import Forecast
 
 Array = NDArray[Any]
@@ -23,6 +26,9 @@ class Strategy(Protocol):
       mode: the outer loop it is made for.
       snapshots: hypergradients wanted a window.
       cut: share of the horizon that the first run in mode `restart` goes.
+
+    A strategy may also have `suits(run)`, which raises where it cannot work with a run, and `look(H, ahead, window)`,
+    which is then called in place of `estimate`, with the run itself: a `Window`.
     """
 
     @property
@@ -32,6 +38,15 @@ class Strategy(Protocol):
     @property
     def cut(self) -> float: ...
     def estimate(self, H: Array, ahead: int) -> Forecast: ...
+
+
+class Window(NamedTuple):
+    """A window's end, for strategies that look at the run and not at its trajectory alone; they must not move it."""
+
+    run: Inner
+    val_batch: Any  # of the outer loss
+    steps: int  # inner steps to the horizon
+    length: int  # inner steps of the window
 
 
 def _check(strategy: Strategy) -> None:
@@ -82,15 +97,39 @@ class Global:
         return _last(H, "the end of training")
 
 
+class Unset:
+    """A training batch that was not given; None may be one."""
+
+    def __repr__(self) -> str:
+        return "not given"
+
+
+UNSET = Unset()
+ESTIMATORS = ("trajectory", "krylov", "auto")
+PRODUCTS = 15  # Hessian-vector products that a stage takes, about
+
+
 @dataclass(frozen=True)
 class Glocal:
-    """The window's trajectory extrapolated to the end of training (Hataya & Kawahara, arXiv 2402.02741).
+    """The window's trajectory extrapolated to the end of training (Hataya & Kawahara, arXiv 2402.02741), or the training
+    dynamics themselves rolled there (`koopman_hpo.krylov`).
 
     Args:
       method: of `koopman.extrapolate`.
-      clip: the estimate is kept within `clip` times the largest |h| of the window, by coordinate: an outlier would
-        inflate an outer Adam's second moment for many windows.
+      clip: the extrapolated estimate is kept within `clip` times the largest |h| of the window, by coordinate: an outlier
+        would inflate an outer Adam's second moment for many windows.  A krylov estimate is taken as it is.
       snapshots: hypergradients wanted a window.
+      estimator: "trajectory"; "krylov": `krylov.estimate` where it passes its gate, else the trajectory's; "auto": krylov
+        where the inner problem is deterministic (no `noise`, no `batches`), where hyperparameters of the loss are tuned,
+        and where it costs less than `share` of the window, about; else, and for a run that cannot be frozen, the
+        trajectory's.  The reason is recorded.
+      train_batch: of krylov, what the mean gradient is taken on.  batches, noise: of krylov, how training differs from
+        steps on `train_batch`, as for `krylov.estimate`.
+      settings: further keywords of `krylov.estimate`.
+      share: of the cost of the window's gradients and tangents.
+
+    Raises:
+      HyperparameterError, ShapeError: settings that make no sense.
     """
 
     method: str = "auto"
@@ -98,11 +137,33 @@ class Glocal:
     mode: Mode = "online"
     snapshots: int = 25
     cut: float = 0.1
+    estimator: str = "trajectory"
+    train_batch: Any = field(default=UNSET, repr=False, compare=False)
+    batches: list[Any] | None = field(default=None, repr=False, compare=False)
+    noise: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    share: float = 0.5
 
     def __post_init__(self) -> None:
         _check(self)
         choice("Glocal", "method", self.method, koopman.METHODS)
         number("Glocal", "clip", self.clip, "a number > 0", 0.0, open_low=True)
+        choice("Glocal", "estimator", self.estimator, ESTIMATORS)
+        number("Glocal", "share", self.share, "a number > 0", 0.0, open_low=True)
+        if self.estimator == "trajectory":
+            return
+        if self.train_batch is UNSET:
+            raise HyperparameterError(
+                f"Glocal: estimator={self.estimator!r} needs train_batch=..., what the mean gradient is taken on: all "
+                f"training data, or much of it."
+            )
+        self._krylov()
+
+    def _krylov(self) -> krylov.Settings:
+        names = [n for n in krylov.Settings._fields if n not in ("batches", "noise")]
+        if not isinstance(self.settings, Mapping) or not set(self.settings) <= set(names):
+            raise HyperparameterError(f"Glocal: settings must be a dict of {names}, got {self.settings!r}.")
+        return krylov.Settings(batches=self.batches, noise=self.noise, **self.settings).checked("Glocal")
 
     def estimate(self, H: Array, ahead: int) -> Forecast:
         """Extrapolate the snapshots H (m, q) by `ahead` more, clipped."""
@@ -110,3 +171,46 @@ class Glocal:
         with np.errstate(over="ignore"):
             limit = self.clip * np.abs(H).max(axis=0)
         return replace(forecast, value=np.clip(forecast.value, -limit, limit))
+
+    def suits(self, run: Inner) -> None:
+        """Raise AdapterError where "krylov" cannot work with the run."""
+        if self.estimator == "krylov":
+            krylov.check_run("Glocal", run)
+
+    def look(self, H: Array, ahead: int, window: Window) -> Forecast:
+        """The estimate by the chosen estimator; H (m, q) and ahead as for `estimate`."""
+        if self.estimator == "trajectory":
+            return self.estimate(H, ahead)
+        why = self._too_dear(window) if self.estimator == "auto" else ""
+        if not why:
+            plan = self._krylov()._asdict()
+            found = krylov.estimate(window.run, self.train_batch, window.val_batch, window.steps, **plan)  # type: ignore
+            if found.accepted:
+                return found
+            why = f"krylov not accepted ({found.reason.removeprefix('last value: ')})"
+        other = self.estimate(H, ahead)
+        return replace(other, reason=f"{why}; {other.reason}")
+
+    def _too_dear(self, window: Window) -> str:
+        """Why "auto" does not even try krylov, or an empty string."""
+        try:
+            krylov.check_run("Glocal", window.run)
+        except AdapterError as error:
+            return f"no krylov ({error})"
+        run = window.run
+        assert isinstance(run, CoreInner)
+        loss = any(name not in run.rule.defaults for name in run.space.names)
+        if loss or (self.noise is None and self.batches is None):
+            return ""
+        plan = self._krylov()
+        ratio = _size(self.train_batch) / max(_size(self.batches[0]), 1) if self.batches else 1.0
+        cost = plan.stages * PRODUCTS * ratio / (window.length * (1 + run.space.q))
+        return "" if cost <= self.share else f"no krylov (about {cost:.2g} of the window's cost, share {self.share:g})"
+
+
+def _size(batch: Any) -> int:
+    """Examples in a batch: the length of its first array, as far as one can tell."""
+    first = batch
+    while isinstance(first, tuple | list | Mapping) and len(first):
+        first = next(iter(first.values() if isinstance(first, Mapping) else first))
+    return len(first) if hasattr(first, "__len__") else 1

@@ -252,7 +252,7 @@ class Tuner:
             found = self.inner.hypergradient(val_batch)
             s = s._replace(window=w._replace(H=(*w.H, found.grad)))
             if w.done == w.length:
-                self._commit(closing.close(self, s, found.value), found.grad)
+                self._commit(closing.close(self, s, found.value, val_batch), found.grad)
             else:
                 self._observe(s.used, found.grad)
                 self.state = s

@@ -51,6 +51,26 @@ def close(actual, desired, tolerance):
 # -- against the oracle ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_one_linearisation_pushes_what_grad_jvp_does(activation, loss):
+    rng = np.random.default_rng(0)
+    sizes = (4, 6, 5, 3)
+    model = mlp(sizes, activation=activation, loss=loss)
+    theta = model.params + 0.1 * rng.normal(size=model.params.shape)
+    batch, hyper = make_batch(rng, 300, sizes, loss), make_hyper(rng, sizes, loss)
+    push, rough = (model.linearise(theta, hyper, batch, r) for r in (False, True))
+    for q in (3, 0, 2):  # the second use finds what the first left
+        Z, dhyper = make_tangents(rng, model, hyper, q)
+        want = model.grad_jvp(theta, hyper, Z, dhyper, batch)[2]
+        assert push(Z, dhyper).shape == want.shape
+        close(push(Z, dhyper), want, EXACT) if q else None
+        close(rough(Z, dhyper), want, SINGLE) if q else None
+    assert rough(Z, dhyper).dtype == theta.dtype
+    with pytest.raises(AdapterError, match="linearise"):
+        model.linearise(theta, hyper, (batch[0], batch[1][:5], batch[2]), False)
+
+
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)

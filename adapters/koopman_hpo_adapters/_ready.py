@@ -13,8 +13,11 @@ import numpy as np
 
 from koopman_hpo.errors import AdapterError, reals
 
+from . import _linear
 from ._mlp import CHUNK, ROWS, Network
 from ._terms import Settings
+
+MOST_KEPT = 2**22  # numbers that a linearisation may keep
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,31 @@ class Ready:
         self._flat("outer_hvp", theta, V)
         with np.errstate(over="ignore", invalid="ignore"):
             return self._sum("outer_hvp", theta, V, X, y, self.settings.plain(len(y)))[2]
+
+    def linearise(self, theta, hyper, batch, rough):
+        """`Problem.linearise`: pushes tangents (q, p) through one gradient that is worked out now."""
+        X, y, index = self._batch("linearise", batch)
+        self._flat("linearise", theta)
+        if _linear.size(self.network, len(y)) > MOST_KEPT:
+            return lambda Z, dhyper: self.grad_jvp(theta, hyper, Z, dhyper, batch)[2]
+        dtype = np.dtype(np.float32) if rough else theta.dtype
+        terms, g = self.settings.terms(hyper, {}, 0, y, index).of(dtype), np.empty(theta.shape, dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            bad, kept = _linear.linearise(self.network, theta.astype(dtype), X, y, terms, g)
+        self._verify("linearise", g, X, y, bad, 0)
+
+        def push(Z, dhyper):
+            q = self._flat("linearise", theta, Z)
+            along, dG = self.settings.terms(hyper, dhyper, q, y, index).of(dtype), np.empty(Z.shape, dtype)
+            with np.errstate(over="ignore", invalid="ignore"):
+                for j, (z, out) in enumerate(zip(Z.astype(dtype, copy=False), dG, strict=True)):
+                    _linear.push(self.network, kept, z, y, along.block(slice(None), slice(j, j + 1)), out)
+                dG = dG.astype(theta.dtype, copy=False)
+                if along.l2 is not None:
+                    self._penalise(theta, Z, along, np.zeros_like(theta), dG)
+            return dG
+
+        return push
 
     def _sum(self, call, theta, Z, X, y, terms):
         """loss, g (p,), dG (q, p) of `sum_i weight_i loss_i`, by blocks of examples and chunks of directions."""

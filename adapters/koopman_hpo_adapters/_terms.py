@@ -40,6 +40,11 @@ class Terms(NamedTuple):
         dsmoothing = None if self.dsmoothing is None else self.dsmoothing[part]
         return Terms(self.weight[rows], self.smoothing, self.l2, dweight, dsmoothing, self.dl2)
 
+    def of(self, dtype) -> Terms:
+        """The same with the examples' weights in a dtype."""
+        dweight = None if self.dweight is None else self.dweight.astype(dtype, copy=False)
+        return self._replace(weight=self.weight.astype(dtype, copy=False), dweight=dweight)
+
     def push(self, residual, y, dD):
         """dD (q, n, c) += the tangents of `weight R` along weights and smoothing."""
         if self.dweight is not None:

@@ -153,6 +153,7 @@ def _ready(call, sizes, activation, loss, bias, seed, dtype, terms, params) -> M
         grad_jvp=ready.grad_jvp,
         outer=ready.outer,
         outer_hvp=ready.outer_hvp,
+        linearise=ready.linearise,
         hyper=frozenset(names),
         domains={name: DOMAINS[name] for name in names},
         segments=tuple(layer.shape[0] * layer.shape[1] for layer in network.layers),

@@ -18,10 +18,25 @@ class Basis(NamedTuple):
 
     Q: Array  # (m, p) orthonormal
     image: Array  # (m, p) the operator times each
+    T: Array  # (m, m) the operator in the basis, symmetric
 
 
 def empty(p: int) -> Basis:
-    return Basis(np.zeros((0, p)), np.zeros((0, p)))
+    return Basis(np.zeros((0, p)), np.zeros((0, p)), np.zeros((0, 0)))
+
+
+def added(basis: Basis, V: Array, image: Array) -> Basis:
+    """The basis with orthonormal rows V (n, p) more, and what the operator makes of them."""
+    m, corner = len(basis.Q), V @ image.T
+    T = np.empty((m + len(V), m + len(V)))
+    T[:m, :m], T[m:, m:] = basis.T, (corner + corner.T) / 2
+    T[:m, m:] = (basis.image @ V.T + basis.Q @ image.T) / 2
+    T[m:, :m] = T[:m, m:].T
+    return Basis(np.concatenate([basis.Q, V]), np.concatenate([basis.image, image]), T)
+
+
+def selected(basis: Basis, rows: Array) -> Basis:
+    return Basis(basis.Q[rows], basis.image[rows], basis.T[np.ix_(rows, rows)])
 
 
 def fresh(V: Array, Q: Array, most: int) -> Array:
@@ -33,29 +48,56 @@ def fresh(V: Array, Q: Array, most: int) -> Array:
         V = V - (V @ Q.T) @ Q
     if len(V) == 0 or most < 1:
         return V[:0]
+    if len(V) == 1:
+        size = np.linalg.norm(V)
+        if not size > DEPENDENT:
+            return V[:0]
+        V = V / size
+        V = V - (V @ Q.T) @ Q
+        return V / np.linalg.norm(V)
     q, r, _ = qr(V.T, mode="economic", pivoting=True, check_finite=False)
     W = q.T[np.abs(np.diag(r)) > DEPENDENT][:most]
     W = W - (W @ Q.T) @ Q
     return qr(W.T, mode="economic", check_finite=False)[0].T if len(W) else W
 
 
-def grow(basis: Basis, starts: Array, operator: Callable[[Array], Array], columns: int) -> Basis:
+def grow(
+    basis: Basis,
+    starts: Array,
+    operator: Callable[[Array], Array],
+    columns: int,
+    enough: Callable[[Basis], bool] = lambda basis: False,
+) -> Basis:
     """The block Krylov space of `starts` (n, p), added to a basis: at most `columns` more columns, one operator product
-    each; fewer where the space is invariant."""
+    each; fewer where the space is invariant, or `enough`."""
     left = columns
     V = fresh(starts, basis.Q, left)
     while len(V):
         image = operator(V)
-        basis = Basis(np.concatenate([basis.Q, V]), np.concatenate([basis.image, image]))
+        basis = added(basis, V, image)
+        if enough(basis):
+            break
         left -= len(V)
         V = fresh(image, basis.Q, left)
     return basis
 
 
-def projected(basis: Basis) -> Array:
-    """(m, m) the operator in the basis, symmetric."""
-    T = basis.Q @ basis.image.T
-    return (T + T.T) / 2
+def flown(basis: Basis, v: Array, time: float) -> Array:
+    """(m,) where a flow `y' = -T y + v` (p,) from nothing comes in some time."""
+    spectrum, U = np.linalg.eigh(basis.T)
+    decay = np.maximum(spectrum, 1e-12 / time)
+    return U @ (-np.expm1(-time * decay) / decay * (U.T @ (basis.Q @ v)))
+
+
+def left_out(basis: Basis, v: Array, time: float) -> float:
+    """The part outside the basis of `T y`, y as in `flown`, relative to v."""
+    y = flown(basis, v, time)
+    return float(np.linalg.norm(y @ basis.image - (basis.T @ y) @ basis.Q)) / max(float(np.linalg.norm(v)), 1e-300)
+
+
+def outside(basis: Basis, v: Array) -> float:
+    """Length of the part of v (p,) outside the basis."""
+    return float(np.linalg.norm(v - (basis.Q @ v) @ basis.Q))
 
 
 def clipped(T: Array, low: float, high: float) -> tuple[Array, Array]:

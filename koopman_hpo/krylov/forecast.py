@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import koopman
 from ..engine import CoreInner
-from ..errors import AdapterError, ShapeError, choice, number, whole
+from ..errors import AdapterError, ShapeError, choice, flag, number, whole
 from ..problem import Array
 from . import frozen, noise, roll
 from .model import Model
@@ -21,17 +21,38 @@ NOISE_DOUBT = 0.5  # share of the noise term that its own error is taken to be, 
 MOST_STEPS = 10**9
 
 
-class _Plan(NamedTuple):
-    """The settings of `estimate`, checked."""
+class Settings(NamedTuple):
+    """The settings of `estimate`, as it explains them."""
 
-    steps: int
-    columns: int
-    stages: int
-    midpoint: bool
-    noise: str | None
-    epoch: int | None
-    chosen: list[Any]
-    depth: int
+    columns: int = 24
+    stages: int = 4
+    midpoint: bool = True
+    noise: str | None = None
+    batches: Sequence[Any] | None = None
+    hvp_batch: Any = None
+    samples: int = 8
+    depth: int = 4
+    tolerance: float = 0.02
+    gate: float = GATE
+    seed: int = 0
+
+    def checked(self, call: str) -> Settings:
+        """The same as numbers that make sense.
+
+        Raises:
+          HyperparameterError, ShapeError: in the name of the call.
+        """
+        _check_batches(call, self.noise, self.batches)
+        return self._replace(
+            columns=whole(call, "columns", self.columns, 3),
+            stages=whole(call, "stages", self.stages, 1, 30),
+            midpoint=flag(call, "midpoint", self.midpoint),
+            samples=whole(call, "samples", self.samples, 1),
+            depth=whole(call, "depth", self.depth, 1, 100),
+            tolerance=number(call, "tolerance", self.tolerance, "a share in [0, 1)", 0.0, 1.0, open_high=True),
+            gate=number(call, "gate", self.gate, "a number > 0", 0.0, open_low=True),
+            seed=whole(call, "seed", self.seed, 0),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +82,15 @@ def estimate(
     val_batch: Any,
     steps: int,
     *,
-    columns: int = 16,
-    stages: int = 5,
+    columns: int = 24,
+    stages: int = 4,
     midpoint: bool = True,
     noise: str | None = None,
     batches: Sequence[Any] | None = None,
     hvp_batch: Any = None,
     samples: int = 8,
     depth: int = 4,
+    tolerance: float = 0.02,
     gate: float = GATE,
     seed: int = 0,
 ) -> Forecast:
@@ -81,7 +103,10 @@ def estimate(
       inner: a run of the core, at the window's end, its tangents as far back as h shall count.
       train_batch: what the mean gradient is taken on: everything, or much.  val_batch: of the outer loss.
       steps: inner steps to the horizon, >= 0; 0 gives the current hypergradient.
-      columns: Krylov columns of a stage, >= 3, one Hessian-vector product each; more than p are p.
+      columns: Krylov columns of a stage at most, >= 3, one Hessian-vector product each; more than p are p.
+      tolerance: a stage gets no more columns once they leave out less than this share of the change of its gradient, and
+        ten times that of the adjoint's; its products are in single precision where the model has it. 0: all columns, full
+        precision; so it is where `columns` >= p.
       stages: how many are planned, each 1.6 times as long as the one before; where the frozen gradient goes astray they
         are shorter and up to twice as many, where it stays true longer and fewer.
       midpoint: take a stage's Hessian where its middle is expected, not at its start: costs nothing more.
@@ -103,51 +128,60 @@ def estimate(
       AdapterError: the inner run has no frozen step (jax's own train_step, adagrad, lion).
       HyperparameterError, ShapeError: settings that make no sense; too few batches for the noise term.
     """
-    if not isinstance(inner, CoreInner):
-        raise AdapterError(
-            f"krylov.estimate: needs a run of the core (koopman_hpo.inner.sgd, adam, adamw or rmsprop on a Problem), got "
-            f"{type(inner).__name__}, whose step cannot be frozen. Use koopman.extrapolate(H, ahead)."
-        )
     call = "krylov.estimate"
-    frozen.check(call, inner.rule)
+    check_run(call, inner)
     steps = whole(call, "steps", steps, 0, MOST_STEPS, "Steps are inner steps from now to the horizon.")
-    columns, stages = whole(call, "columns", columns, 3), whole(call, "stages", stages, 1, 30)
-    samples, depth = whole(call, "samples", samples, 1), whole(call, "depth", depth, 1, 100)
-    seed = whole(call, "seed", seed, 0)
-    gate = number(call, "gate", gate, "a number > 0", 0.0, open_low=True)
-    chosen = _batches(noise, batches, samples, seed)
+    given = Settings(columns, stages, midpoint, noise, batches, hvp_batch, samples, depth, tolerance, gate, seed)
+    plan = given.checked(call)
     now = inner.hypergradient(val_batch).grad
     if steps == 0:
         return _current(now, True, "0 steps ahead: the current hypergradient")
     if not np.isfinite(now).all():
         return _current(now, False, "last value: it is not finite, nor is the run")
+    p = inner.params.size
+    plan = plan._replace(columns=min(plan.columns, p), tolerance=0.0 if plan.columns >= p else plan.tolerance)
     model = Model(inner.dynamics(), inner.space, train_batch, train_batch if hvp_batch is None else hvp_batch, val_batch)
-    epoch = len(batches) if noise == "epoch" and batches is not None else None
-    plan = _Plan(steps, min(columns, inner.params.size), stages, midpoint, noise, epoch, chosen, depth)
     with np.errstate(all="ignore"):
         try:
-            return _rolled(model, plan, now, gate)
+            return _rolled(model, plan, steps, now)
         except np.linalg.LinAlgError as problem:
             return _current(now, False, f"last value: the frozen run cannot be rolled ({problem})")
 
 
-def _rolled(model: Model, plan: _Plan, now: Array, gate: float) -> Forecast:
+def check_run(call: str, inner: Any) -> None:
+    """Refuse a run whose step cannot be frozen.
+
+    Raises:
+      AdapterError: saying why.
+    """
+    if not isinstance(inner, CoreInner):
+        raise AdapterError(
+            f"{call}: needs a run whose optimizer is known: koopman_hpo.inner.sgd, adam, adamw or rmsprop on a Problem, or "
+            f"torch's. Of {type(inner).__name__}, a train step of one's own, the rule cannot be read. Write the model as "
+            f"jax.problem(...), or use koopman.extrapolate(H, ahead)."
+        )
+    frozen.check(call, inner.rule)
+
+
+def _rolled(model: Model, plan: Settings, steps: int, now: Array) -> Forecast:
     """The estimate and its gate."""
-    variance = roll.variance(model, plan.chosen) if plan.chosen and model.dynamics.state.slots.shape[0] > 1 else 0.0
-    rolled = roll.forward(model, plan.steps, plan.stages, plan.columns, plan.midpoint, variance)
-    h, fewer, paths = roll.backward(model, rolled, plan.columns)
+    chosen, slots = _chosen(plan), model.dynamics.state.slots
+    variance = roll.variance(model, chosen) if chosen and slots.shape[0] > 1 else 0.0
+    rolled = roll.forward(model, steps, plan.stages, plan.columns, plan.tolerance, plan.midpoint, variance)
+    h, fewer, paths = roll.backward(model, rolled, plan.columns, plan.tolerance)
     extra = doubt = np.zeros_like(h)
     if plan.noise is not None:
+        epoch = len(plan.batches or ()) if plan.noise == "epoch" else None
         last = rolled.stages[-1][0]
-        extra, doubt = noise.correction(model, last, rolled.end.theta, plan.steps, plan.chosen, plan.epoch, plan.depth)
+        extra, doubt = noise.correction(model, last, rolled.end.theta, steps, chosen, epoch, plan.depth)
         doubt = doubt + NOISE_DOUBT * np.abs(extra)
     value = h + extra
     size = _rms(value) or 1.0
     error = np.sqrt((h - fewer) ** 2 + (sum(rolled.defects) * size) ** 2 + doubt**2)
     move, deviation = _rms(value - now) / size, _rms(error) / size
     finite = bool(np.isfinite(value).all() and np.isfinite(error).all())
-    accepted = finite and deviation < gate
-    numbers = f"estimated error {deviation:.3g} of the estimate, gate {gate:g}"
+    accepted = finite and deviation < plan.gate
+    numbers = f"estimated error {deviation:.3g} of the estimate, gate {plan.gate:g}"
     return Forecast(
         value=value if accepted else now.copy(),
         error=error if finite else np.full_like(now, np.inf),
@@ -177,21 +211,23 @@ def _rms(x: Array) -> float:
     return float(np.sqrt(np.mean(np.square(x))))
 
 
-def _batches(noise_kind: str | None, batches: Sequence[Any] | None, samples: int, seed: int) -> list[Any]:
-    """The batches that stand for the noise."""
+def _check_batches(call: str, noise_kind: str | None, batches: Sequence[Any] | None) -> None:
     if noise_kind is not None:
-        choice("krylov.estimate", "noise", noise_kind, NOISES)
+        choice(call, "noise", noise_kind, NOISES)
     if batches is not None and not isinstance(batches, list):
         raise ShapeError(
-            f"krylov.estimate: batches must be a list of mini-batches, got {type(batches).__name__}. For an epoch: "
+            f"{call}: batches must be a list of mini-batches, got {type(batches).__name__}. For an epoch: "
             f"[batch for batch in loader]."
         )
     if noise_kind is not None and (batches is None or len(batches) < 2):
         raise ShapeError(
-            f"krylov.estimate: noise={noise_kind!r} needs batches=[...], at least two mini-batches (all of an epoch for "
+            f"{call}: noise={noise_kind!r} needs batches=[...], at least two mini-batches (all of an epoch for "
             f"'epoch'), got {'none' if batches is None else len(batches)}. For one batch at every step take noise=None."
         )
-    if not batches:
-        return []
-    chosen = np.random.default_rng(seed).permutation(len(batches))[:samples]
+
+
+def _chosen(plan: Settings) -> list[Any]:
+    """The batches that stand for the noise."""
+    batches = plan.batches or []
+    chosen = np.random.default_rng(plan.seed).permutation(len(batches))[: plan.samples]
     return [batches[i] for i in sorted(chosen)]

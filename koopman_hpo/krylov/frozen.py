@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -104,10 +104,19 @@ def duals(dynamics: Dynamics, point: Point) -> dict[str, Dual]:
     return out
 
 
-def coefficients(dynamics: Dynamics, space: Space, t: int) -> Coefficients:
+def alike(dynamics: Dynamics, point: Point) -> Dynamics:
+    """The same with one group in place of several that never differ."""
+    tuned = [point.values[name] for name in dynamics.rule.defaults if name in point.values]
+    if any(np.ndim(x) for x in tuned) or any(np.ptp(x) for x in dynamics.fixed.values()):
+        return dynamics
+    fixed = {name: x[:1] for name, x in dynamics.fixed.items()}
+    return dynamics._replace(groups=(sum(dynamics.groups),), fixed=fixed)
+
+
+def coefficients(dynamics: Dynamics, point: Point, t: int) -> Coefficients:
     """Of step t, counting from 0."""
     rule = dynamics.rule
-    values = duals(dynamics, space.at(dynamics.phi, t))
+    values = duals(dynamics, point)
     rows = _CANONICAL[rule.name](*(rule.row(i, values, t + 1) for i in range(len(rule.rows))))
     return Coefficients(np.array([r.x for r in rows]), np.array([r.dx for r in rows]))
 
@@ -116,23 +125,23 @@ def _between(a: Coefficients, b: Coefficients) -> Coefficients:
     return Coefficients((a.c + b.c) / 2, (a.dc + b.dc) / 2)
 
 
-def pieces(dynamics: Dynamics, space: Space, t: int, steps: int) -> list[Piece]:
-    """Steps t to t + steps in runs of equal coefficients: every step of a schedule is read (of a long one, evenly
-    spaced ones), Adam's bias corrections at distances of a sixteenth of the steps taken."""
+def pieces(at: Callable[[int], Coefficients], space: Space, rule: Rule, t: int, steps: int) -> list[Piece]:
+    """Steps t to t + steps in runs of equal coefficients `at` a step: every step of a schedule is read (of a long one,
+    evenly spaced ones), Adam's bias corrections at distances of a sixteenth of the steps taken."""
     if space.scheduled:
         cuts = np.unique(np.linspace(0, steps, min(steps, MOST_PIECES) + 1).astype(np.int64))
     else:
         marks = [0, min(1, steps)]
-        while dynamics.rule.timed and dynamics.rule.settled is None and marks[-1] < steps:
+        while rule.timed and rule.settled is None and marks[-1] < steps:
             marks.append(min(steps, marks[-1] + max(1, (t + marks[-1]) // 16)))
         cuts = np.unique([*marks, steps])
     out: list[Piece] = []
     for a, b in pairwise(cuts):
-        at = _between(coefficients(dynamics, space, t + int(a)), coefficients(dynamics, space, t + int(b) - 1))
-        if out and all(map(np.array_equal, at, out[-1].at)):
-            out[-1] = Piece(at, out[-1].steps + int(b - a))
+        between = _between(at(t + int(a)), at(t + int(b) - 1))
+        if out and all(map(np.array_equal, between, out[-1].at)):
+            out[-1] = Piece(between, out[-1].steps + int(b - a))
         else:
-            out.append(Piece(at, int(b - a)))
+            out.append(Piece(between, int(b - a)))
     return out
 
 
@@ -152,11 +161,16 @@ class Small(NamedTuple):
 
 def _mix(c: Array, G: Array) -> Array:
     """sum_g c_g G_g."""
-    return np.einsum("g,...gab->...ab", c, G)
+    if c.shape[-1] == 1:
+        return c[..., None] * G[..., 0, :, :]
+    return np.einsum("...g,...gab->...ab", c, G)
 
 
 def step(small: Small, c: Array) -> tuple[Array, Array]:
-    """The step as a matrix A (..., 2m+1, 2m+1) on (x, w, 1), and J (..., 2m, m), what it makes of a change of d."""
+    """The step as a matrix A (..., 2m+1, 2m+1) on (x, w, 1), and J (..., 2m, m), what it makes of a change of d.
+
+    c: (6, ..., n), whose leading dimensions go with those of `small`.
+    """
     m = small.T.shape[-1]
     eye = np.eye(m)
     mu, keep, rate = _mix(c[MU], small.G), _mix(c[KEEP], small.G), _mix(c[RATE] / small.rate, small.G)
@@ -166,22 +180,32 @@ def step(small: Small, c: Array) -> tuple[Array, Array]:
     else:
         out = rate @ turn
     total = small.T + _mix(c[WD] * small.rate, small.D)
-    b = small.b + np.einsum("g,...ga->...a", c[WD], small.P)
-    J = np.concatenate([-out @ (eye + mu @ keep if small.nesterov else keep), keep], axis=-2)
-    A = np.zeros((*total.shape[:-2], 2 * m + 1, 2 * m + 1), J.dtype)
+    b = small.b + np.sum(c[WD][..., None] * small.P, axis=-2)
+    down = -out @ (eye + mu @ keep if small.nesterov else keep)
+    J = np.concatenate(np.broadcast_arrays(down, keep), axis=-2)
+    A = np.zeros((*np.broadcast_shapes(J.shape[:-2], total.shape[:-2]), 2 * m + 1, 2 * m + 1), J.dtype)
     A[..., : 2 * m, :m] = J @ total
     A[..., :m, :m] += eye - _mix(c[DECAY], small.G)
     A[..., :m, m : 2 * m] = -out @ (mu @ mu if small.nesterov else mu)
     A[..., m : 2 * m, m : 2 * m] = mu
-    A[..., : 2 * m, 2 * m] = np.einsum("...ab,...b->...a", J, b)
-    A[..., :m, 2 * m] -= np.einsum("g,...ga->...a", c[DECAY], small.Y)
+    A[..., : 2 * m, 2 * m] = (J @ b[..., None])[..., 0]
+    A[..., :m, 2 * m] -= np.sum(c[DECAY][..., None] * small.Y, axis=-2)
     A[..., 2 * m, 2 * m] = 1
     return A, J
 
 
-def along(f: Callable[[Array], Any], at: Coefficients) -> list[Any]:
-    """[df / dphi_j], j < q, of an analytic function of the coefficients, by complex steps: exact to rounding."""
-    return [f(at.c + 1j * COMPLEX_STEP * at.dc[:, j]).imag / COMPLEX_STEP for j in range(at.dc.shape[1])]
+def along(f: Callable[[Array], Array], at: Coefficients, batch: int = 0) -> Array:
+    """(q, ...) df / dphi_j of an analytic function of the coefficients, by complex steps: exact to rounding.
+
+    f takes c (6, q, 1, ..., n), with `batch` ones, and gives (q, ...).
+    """
+    c = at.c[:, None] + 1j * COMPLEX_STEP * at.dc  # (6, q, n)
+    return f(c.reshape(*c.shape[:2], *(1,) * batch, c.shape[2])).imag / COMPLEX_STEP
+
+
+def speed(at: Coefficients, rate: Array) -> float:
+    """Distance, in steps of size one, that a step goes down a constant gradient once momentum has built up."""
+    return float((at.c[RATE] / rate).max() * at.c[KEEP].max() / (1 - at.c[MU].max()))
 
 
 def ceiling(at: Coefficients, small: Small) -> float:
@@ -193,6 +217,4 @@ def ceiling(at: Coefficients, small: Small) -> float:
 
 def floor(at: Coefficients, small: Small, rate: float) -> float:
     """Negative curvature, as a positive number, at which the frozen step grows by `rate` (its exponent), roughly."""
-    mu = float(at.c[MU].max())
-    gain = float((at.c[RATE] / small.rate).max() * at.c[KEEP].max())
-    return rate * (1 - mu) / gain
+    return rate / speed(at, small.rate)

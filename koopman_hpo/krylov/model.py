@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from .. import checks
 from ..engine import Dynamics
-from ..hyperparameters import Space
+from ..hyperparameters import Point, Space
 from ..problem import Array
+from . import frozen
+from .frozen import Coefficients, Piece
 
 
 class Model:
@@ -21,15 +25,37 @@ class Model:
     """
 
     def __init__(self, dynamics: Dynamics, space: Space, train_batch: Any, hvp_batch: Any, val_batch: Any):
-        self.dynamics, self.space = dynamics, space
+        self.space = space
+        self._points: dict[int, Point] = {}
+        self._coefficients: dict[int, Coefficients] = {}
+        self._phi = dynamics.phi
+        self.dynamics = frozen.alike(dynamics, self.point(dynamics.t))
         self._train, self._hvp, self._val = train_batch, hvp_batch, val_batch
         self._dtype = dynamics.state.theta.dtype
         self.eps = float(np.finfo(self._dtype).eps)
         self._loss = set(dynamics.loss_names)
         self.gradients = self.hvps = self.mixeds = self.outers = 0
 
-    def _at(self, theta: Array, t: int) -> tuple[Array, Any]:
-        return theta.astype(self._dtype), self.space.at(self.dynamics.phi, t)
+    def point(self, t: int) -> Point:
+        """Hyperparameters at step t; without a schedule, at any."""
+        t = t if self.space.scheduled else 0
+        if t not in self._points:
+            self._points[t] = self.space.at(self._phi, t)
+        return self._points[t]
+
+    def coefficients(self, t: int) -> Coefficients:
+        """Of the frozen step t, counting from 0."""
+        settled = 0 if not self.dynamics.rule.timed else self.dynamics.rule.settled
+        key = t if self.space.scheduled or settled is None else min(t, settled)
+        if key not in self._coefficients:
+            self._coefficients[key] = frozen.coefficients(self.dynamics, self.point(t), t)
+        return self._coefficients[key]
+
+    def pieces(self, t: int, steps: int) -> list[Piece]:
+        return frozen.pieces(self.coefficients, self.space, self.dynamics.rule, t, steps)
+
+    def _at(self, theta: Array, t: int) -> tuple[Array, Point]:
+        return theta.astype(self._dtype), self.point(t)
 
     def _grads(self, theta: Array, V: Array, t: int, batch: Any) -> Any:
         at, point = self._at(theta, t)
@@ -43,10 +69,18 @@ class Model:
             np.float64
         )
 
-    def hvp(self, theta: Array, V: Array, t: int) -> Array:
-        """(n, p) Hessian of the inner loss times each row of V."""
-        self.hvps += len(V)
-        return self._grads(theta, V, t, self._hvp).dG.astype(np.float64)
+    def curvature(self, theta: Array, t: int, rough: bool) -> Callable[[Array], Array]:
+        """V (n, p) -> (n, p), the Hessian of the inner loss times each row; training is linearised once, in single
+        precision where that will do and the model can."""
+        at, point = self._at(theta, t)
+        push = self.dynamics.linearise(checks.locked(at), point, self._hvp, rough)
+
+        def hvp(V: Array) -> Array:
+            self.hvps += len(V)
+            still = {n: np.zeros((len(V), *point.seeds[n].shape[1:])) for n in self._loss}
+            return push(np.ascontiguousarray(V, self._dtype), still).astype(np.float64)
+
+        return hvp
 
     def mixed(self, theta: Array, t: int) -> Array:
         """(q, p) derivative of the inner gradient along the coordinates of phi, through the loss's hyperparameters."""

@@ -125,8 +125,8 @@ def correction(
 
     def raised(c: Array) -> Any:
         A, J = frozen.step(small, c)
-        Sigma = covariance(A[:, : 2 * r, : 2 * r], J, C, steps, epoch)
-        return 0.5 * np.sum(V * Sigma[:, :r, :r], axis=(1, 2))
+        Sigma = covariance(A[..., : 2 * r, : 2 * r], J, C, steps, epoch)
+        return 0.5 * np.sum(V * Sigma[..., :r, :r], axis=(-2, -1))
 
-    each = np.array(frozen.along(raised, at))
+    each = frozen.along(raised, at, batch=1)
     return each.mean(axis=1), each.std(axis=1) / np.sqrt(max(n - 1, 1))

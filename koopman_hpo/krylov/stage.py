@@ -48,6 +48,7 @@ class Stage(NamedTuple):
     scale: Array  # (p,) root of rate times preconditioner
     unit: Array  # (p,) of the momentum's coordinates
     rate: Array  # (n,) reference rate
+    curvature: Callable[[Array], Array]  # V (n, p) -> (n, p) Hessian products at the centre
     basis: Basis
 
 
@@ -76,7 +77,7 @@ def operator(stage: Stage, model: Model) -> Callable[[Array], Array]:
     """V (n, p) -> (n, p): the step's curvature `scale (H + wd) scale` at the stage's centre."""
     c = stage.pieces[0].at.c
     decay = spread(c[frozen.WD], model) * stage.scale**2
-    return lambda V: stage.scale * model.hvp(stage.centre, stage.scale * V, stage.middle) + decay * V
+    return lambda V: stage.scale * stage.curvature(stage.scale * V) + decay * V
 
 
 def _masked(Q: Array, weights: Array, groups: tuple[int, ...]) -> Array:
@@ -87,16 +88,18 @@ def _masked(Q: Array, weights: Array, groups: tuple[int, ...]) -> Array:
 
 def _summed(Q: Array, v: Array, groups: tuple[int, ...]) -> Array:
     """(n, m): `Q v` of each group."""
+    if len(groups) == 1:
+        return (Q @ v)[None]
     return np.add.reduceat(Q * v, np.cumsum([0, *groups[:-1]]), axis=1).T
 
 
 def path(stage: Stage, model: Model, basis: Basis) -> Path:
     """The stage in a basis: its small system with the curvature clipped against growth, and the way through its pieces."""
     rule, groups, Q, start = model.dynamics.rule, model.dynamics.groups, basis.Q, stage.start
-    G = _masked(Q, np.ones(Q.shape[1]), groups)
-    plain = rule.name == "sgd"
+    plain, one = rule.name == "sgd", len(groups) == 1
+    G = np.eye(len(Q))[None] if one else _masked(Q, np.ones(Q.shape[1]), groups)
     small = Small(
-        T=krylov.projected(basis),
+        T=basis.T,
         b=Q @ (stage.scale * stage.gradient),
         G=G,
         D=G if plain else _masked(Q, stage.preconditioner, groups),
@@ -137,7 +140,7 @@ def back(stage: Stage, model: Model, way: Path, basis: Basis, adjoint: Adjoint) 
 
 
 def _contracted(small: Small, Gamma: Array, c: Array) -> Array:
-    return np.sum(frozen.step(small, c)[0] * Gamma)
+    return np.sum(frozen.step(small, c)[0] * Gamma, axis=(-2, -1))
 
 
 def _swept(A: Array, lam: Array, y: Array, steps: int) -> tuple[Array, Array]:
@@ -182,51 +185,64 @@ def mixed(stage: Stage, model: Model, way: Path, basis: Basis, D: Array, toleran
     return h
 
 
-def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array, recycled: Array, columns: int) -> Stage:
-    """A stage from a state: its preconditioner, and the Krylov space of the gradient and of `recycled` (n, p) directions.
-
-    The momentum follows the gradient so closely that it joins only where they leave columns: depth is worth more.
-    """
+def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array, columns: int, tolerance: float) -> Stage:
+    """A stage from a state: its preconditioner, and the Krylov space of the gradient, as far as the tolerance asks."""
     dynamics = model.dynamics
-    parts = frozen.pieces(dynamics, model.space, start.t, steps)
+    parts = model.pieces(start.t, steps)
     D = preconditioner(start, model)
     rate = parts[0].at.c[frozen.RATE]
     scale = np.sqrt(spread(rate, model) * D)
     unit = D / scale if dynamics.rule.name == "rmsprop" else 1 / scale
-    stage = Stage(
-        start, steps, parts, gradient, centre, start.t + steps // 2, D, scale, unit, rate, krylov.empty(start.theta.size)
-    )
-    force = gradient + spread(parts[0].at.c[frozen.WD], model) * start.theta
-    starts = [scale * force, *(recycled / scale)]
-    if parts[0].at.c[frozen.DECAY].any():
-        starts.append(start.theta / scale)
-    return stage._replace(basis=_grown(stage, model, np.array(starts), start.momentum / unit, columns))
+    middle = start.t + steps // 2
+    curvature, nothing = model.curvature(centre, middle, tolerance > 0), krylov.empty(start.theta.size)
+    stage = Stage(start, steps, parts, gradient, centre, middle, D, scale, unit, rate, curvature, nothing)
+    force = scale * (gradient + spread(parts[0].at.c[frozen.WD], model) * start.theta)
+    starts = [force, start.theta / scale] if parts[0].at.c[frozen.DECAY].any() else [force]
+    return stage._replace(basis=_grown(stage, model, np.array(starts), start.momentum / unit, columns, tolerance))
 
 
 def shorter(stage: Stage, model: Model, steps: int) -> Stage:
     """The same stage, ended earlier."""
-    parts = frozen.pieces(model.dynamics, model.space, stage.start.t, steps)
+    parts = model.pieces(stage.start.t, steps)
     return stage._replace(steps=steps, pieces=parts)
 
 
-def _grown(stage: Stage, model: Model, starts: Array, momentum: Array, columns: int) -> Basis:
-    product = operator(stage, model)
-    basis = krylov.grow(stage.basis, starts, product, columns)
-    left = columns - (len(basis.Q) - len(stage.basis.Q))
-    return krylov.grow(basis, momentum[None], product, left)
+def _grown(stage: Stage, model: Model, starts: Array, momentum: Array, columns: int, tolerance: float) -> Basis:
+    """The stage's basis and the Krylov space of `starts` (n, p): at most so many columns more, and no more than it takes to
+    leave out less than `tolerance` of what the first of them becomes in the stage; then, likewise, of the momentum, where
+    the way that it goes by itself is more than that beside the way of the first."""
+    speed = max(frozen.speed(piece.at, stage.rate) for piece in stage.pieces)
+    product, own = operator(stage, model), len(stage.basis.Q)
+    settled = lambda v, time: lambda basis: krylov.left_out(basis, v, time) < tolerance
+    basis = krylov.grow(stage.basis, starts, product, columns, settled(starts[0], stage.steps * speed))
+    way = np.linalg.norm(krylov.flown(basis, starts[0], stage.steps * speed))
+    if speed * krylov.outside(basis, momentum) <= tolerance * way:
+        return basis
+    return krylov.grow(basis, momentum[None], product, columns - (len(basis.Q) - own), settled(momentum, speed))
 
 
-def grown(stage: Stage, model: Model, adjoint: Adjoint, columns: int) -> Basis:
+def grown(stage: Stage, model: Model, adjoint: Adjoint, columns: int, tolerance: float) -> Basis:
     """The stage's basis and the Krylov space of the adjoint at its end."""
-    return _grown(stage, model, (stage.scale * adjoint.theta)[None], stage.unit * adjoint.momentum, columns)
+    return _grown(stage, model, (stage.scale * adjoint.theta)[None], stage.unit * adjoint.momentum, columns, tolerance)
 
 
-def defect(stage: Stage, way: Path, gradient: Array) -> float:
-    """How far the frozen gradient at the stage's end is from the true one (p,) there, relative to that at its start."""
+def defect(stage: Stage, way: Path, gradient: Array) -> tuple[float, float]:
+    """How far the frozen gradient at the stage's end is from the true one (p,) there, relative to that at its start: within
+    the basis, what the curvature has changed; and in the whole space, with what the columns leave out."""
     m, Q = len(stage.basis.Q), stage.basis.Q
-    frozen_gradient = way.small.b + way.small.T @ way.end[:m]
-    size = float(np.linalg.norm(way.small.b))
-    return float(np.linalg.norm(Q @ (stage.scale * gradient) - frozen_gradient) / max(size, 1e-300))
+    change = stage.scale * (gradient - stage.gradient) - (way.small.T @ way.end[:m]) @ Q
+    size = np.maximum([np.linalg.norm(way.small.b), np.linalg.norm(stage.scale * stage.gradient)], 1e-300)
+    return float(np.linalg.norm(Q @ change) / size[0]), float(np.linalg.norm(change) / size[1])
+
+
+def moved(stage: Stage, there: State, model: Model) -> float:
+    """How far the preconditioner has moved by the stage's end, on the gradient's coordinates: half of it, for it was frozen
+    at the start and not in the middle."""
+    if there.square is None:
+        return 0.0
+    force = stage.scale * stage.gradient
+    change = preconditioner(there, model) / stage.preconditioner - 1
+    return 0.5 * float(np.linalg.norm(change * force)) / max(float(np.linalg.norm(force)), 1e-300)
 
 
 def where(stage: Stage, way: Path, steps: int) -> Array:
@@ -250,7 +266,7 @@ def preconditioner(start: State, model: Model) -> Array:
     dynamics = model.dynamics
     if start.square is None:
         return np.ones_like(start.theta)
-    values = frozen.duals(dynamics, model.space.at(dynamics.phi, start.t))
+    values = frozen.duals(dynamics, model.point(start.t))
     eps = spread(values["eps"].x, model)
     if dynamics.rule.name == "rmsprop":
         w = start.square if start.mean is None else start.square - start.mean**2

@@ -381,5 +381,5 @@ def test_refuses_what_makes_no_sense(change, error, says):
 def test_refuses_a_run_that_cannot_be_frozen():
     with pytest.raises(AdapterError, match="adagrad has no frozen step"):
         estimate(inner.adagrad(quadratic(), Space(lr=log(0.1))), None, None, 10)
-    with pytest.raises(AdapterError, match="optimizer is known: .* jax.problem"):
+    with pytest.raises(AdapterError, match=r"optimizer is known: .* jax.problem"):
         estimate(object(), None, None, 10)

@@ -341,7 +341,8 @@ def test_a_step_reads_nothing_and_mixes_nothing(monkeypatch, kind, directions):
         net, x, y, weights = Layers(), torch.randn(2, 1, 6, 6), torch.zeros(2, dtype=torch.long), torch.ones(3)
     p = sum(w.numel() for w in net.parameters())
     monkeypatch.setattr(_torch_memory.Memory, "flat", lambda self: np.zeros(p, np.float32))  # wrapping reads them once
-    monkeypatch.setattr(TorchInner, "snapshot", lambda self: {})  # the tuner's, once a window
+    for name in ("mark", "snapshot"):  # the tuner's, once a window
+        monkeypatch.setattr(TorchInner, name, lambda self: {})
     monkeypatch.setattr(_torch_losses.Losses, "world", lambda self: None)  # of the first step
     space = Space(lr=log([0.1, 0.01], knots=(0, 10)), l2=log(1e-3), weights=log([1.0, 1.0, 1.0]))
     more = {"clip_norm": 1.0, "directions": directions, "guard": None, "strategy": Local()}

@@ -76,7 +76,7 @@ LOSSES = {
     "product with itself": ([(5, 4)], lambda x: (x * x).sum()),
     "product with a scalar": ([(5, 4), ()], lambda x, a: bent(a * x) + a * 2),
     "sum of two": ([(5, 4), (4,), (5, 1)], lambda x, y, z: bent(torch.add(x, y, alpha=2) + z)),
-    "sum with constants": ([(4,)], lambda y: bent(X + y) + bent(y + 1)),
+    "sum with constants": ([(4,)], lambda y: bent((X + y).sum(0)) + bent(y + 1)),
     "difference": ([(5, 4), (4,)], lambda x, y: bent(torch.sub(x, y, alpha=3)) + bent(-y) + bent(1 - y)),
     "quotient": ([(5, 4)], lambda x: bent(x / (X * X + 1)) + bent(x / 3) + (x / torch.arange(1, 5)).sum()),
     "quotient of two": ([(5, 4), (4,)], lambda x, y: bent(torch.tanh(x) / (y * y + 1))),

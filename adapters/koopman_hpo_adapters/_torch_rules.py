@@ -339,8 +339,6 @@ def _weighted(name: str, weights: Callable[[Any], Sequence[Any]]) -> None:
 
     def rule(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
         times, shape = weights(node), _shape(node)
-        if any(d is not None for d in moved[len(times) :]):
-            raise Unknown
 
         def push() -> torch.Tensor:
             terms = [by(_lift(d, len(shape))) for d, by in zip(moved, times, strict=False) if d is not None]

@@ -168,6 +168,16 @@ def test_what_has_no_rule_goes_by_double_backward(name):
     assert check(loss_of, leaves(*shapes)) not in ("", FORWARD)
 
 
+def test_a_loss_of_another_dtype_goes_by_double_backward():
+    weight = leaves((3, 4))[0].detach().float().requires_grad_()
+    graph, along = Graph([weight]), columns([weight])
+    out = [torch.zeros_like(along[0])]
+    graph.both(bent(F.linear(X.float(), weight) * fixed(5, 3)), along, out)
+    _, tangents = by_double_backward(bent(F.linear(X.float(), weight) * fixed(5, 3)), [weight], along)
+    torch.testing.assert_close(out, tangents)
+    assert graph.path not in ("", FORWARD)
+
+
 def test_every_rule_is_tried():
     seen = set()
     for shapes, loss_of in LOSSES.values():

@@ -188,6 +188,8 @@ def main() -> None:
     parser.add_argument("--image", type=pathlib.Path, help="where to draw the figure of docs/krylov.md")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer for a quick look")
     arguments = parser.parse_args()
+    if "kmnist" in arguments.groups and arguments.data is None:
+        parser.error("kmnist needs --data")
     rows: list[dict[str, Any]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -44,12 +44,12 @@ def plan(group: str) -> list[Case]:
     return [Case(m, lr, s, size, noise) for m in ("softmax", "mlp") for lr in (0.003, 0.02, 0.1) for s in SEEDS]
 
 
-def windows(group: str, case: Case, folder: pathlib.Path | None) -> list[dict[str, Any]]:
+def windows(group: str, case: Case, folder: pathlib.Path | None, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Each window's truth, its estimates, and their cost."""
-    return [{"group": group} | one(case, begun, start(case, folder)) for begun in STARTS]
+    return [{"group": group} | one(case, begun, start(case, folder), rounds) for begun in STARTS]
 
 
-def one(case: Case, begun: int, s: Started) -> dict[str, Any]:
+def one(case: Case, begun: int, s: Started, rounds: int) -> dict[str, Any]:
     r, batch = s.run, s.batch
     phi, ahead = r.space.phi0, HORIZON - WINDOW - begun
     for t in range(begun):
@@ -59,7 +59,7 @@ def one(case: Case, begun: int, s: Started) -> dict[str, Any]:
     if s.epoch is not None:
         noise = {"batches": s.epoch} | ({"noise": "epoch"} if case.optimizer == "sgd" else {})
     took: dict[str, list[float]] = {"window": [], "krylov": []}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         r.restore(before)
         clock = time.perf_counter()
         _, H = r.run(phi, steps, s.val)
@@ -187,14 +187,17 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=here / "results" / "krylov.json")
     parser.add_argument("--image", type=pathlib.Path, help="where to draw the figure of docs/krylov.md")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer for a quick look")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each measurement of the cost")
     arguments = parser.parse_args()
+    if "kmnist" in arguments.groups and arguments.data is None:
+        parser.error("kmnist needs --data")
     rows: list[dict[str, Any]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for group in arguments.groups:
             for run in plan(group):
                 if run.seed < arguments.seeds:
-                    rows += windows(group, run, arguments.data)
+                    rows += windows(group, run, arguments.data, arguments.rounds)
     found = table(rows)
     show(found)
     record = {"cpu": cpu(), "versions": versions(), "window": WINDOW, "horizon": HORIZON, "table": found, "rows": rows}

@@ -152,6 +152,15 @@ def setting(name: str, what: str) -> Callable[[Row], str]:
     return say
 
 
+def losses(record: Row) -> str:
+    found = record["results"]["losses"]
+    parts = [
+        f"{part.replace('mini', 'batches of 32')} {number(e['h and losses'])} instead of {number(e['h'])}"
+        for part, e in found.items()
+    ]
+    return f"Training and validation loss as two coordinates more, softmax regression: {'; '.join(parts)}."
+
+
 def modes(record: Row) -> str:
     found = fits(record, "modes")
     reset, cumulative = found["full, reset"], found["full, cumulative"]
@@ -187,6 +196,7 @@ def changed(record: Row) -> str:
 BLOCKS = {
     "questions.rank": setting("rank", "rank"),
     "questions.delays": setting("delays", "number of delays"),
+    "questions.losses": losses,
     "questions.modes": modes,
     "questions.changes": changed,
     "questions.explosions": blown,

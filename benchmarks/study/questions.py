@@ -103,6 +103,35 @@ OBSERVABLES: dict[str, Callable[[Window], np.ndarray]] = {
 }
 
 
+def losses(settings: Settings) -> dict[str, Row]:
+    """Training and validation loss as two observables more; softmax regression, the last 50 steps of 50 or 500."""
+    out: dict[str, Row] = {}
+    for label, size in (("full", None), ("mini", 32)):
+        for tangents, begun, end in (("reset", 400, 450), ("cumulative", 0, 500)):
+            errors: dict[str, list[float]] = {"h": [], "h and losses": []}
+            for lr in (0.003, 0.02):
+                for seed in range(cases.FIRST_SEED, cases.FIRST_SEED + (4 if settings.full else 2)):
+                    H, truth = observed(Case("softmax", lr, seed, size), begun, end)
+                    unit = np.maximum(H.std(axis=0), 1e-300)
+                    for name, columns in (("h", len(truth)), ("h and losses", H.shape[1])):
+                        X = H[:, :columns] / unit[:columns]
+                        value = koopman.fit(X).forecast(trajectories.HORIZON - end)[: len(truth)] * unit[: len(truth)]
+                        errors[name].append(float(np.linalg.norm(value - truth) / np.linalg.norm(truth)))
+            out[f"{label}, {tangents}"] = {name: short(np.median(e)) for name, e in errors.items()}
+    return out
+
+
+def observed(case: Case, begun: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """(50, q + 2): h, validation and training loss of the 50 steps until `end`; and h at the horizon."""
+    s, rows = start(case), []
+    for t in range(trajectories.HORIZON):
+        loss = s.run.step(s.run.space.phi0, s.batch(t), tangents=t >= begun)
+        if end - TAU <= t < end:
+            h = s.run.hypergradient(s.val)
+            rows.append([*h.grad, h.value, loss])
+    return np.array(rows), s.run.hypergradient(s.val).grad
+
+
 def sweep(settings: Settings, name: str, values: Iterable[Any], case: Callable[[Any, int], Case]) -> list[Row]:
     """Errors of the judges at tau 50, reset and cumulative, as one thing changes."""
     seeds = range(cases.FIRST_SEED, cases.FIRST_SEED + (4 if settings.full else 2))
@@ -176,6 +205,7 @@ def measure(settings: Settings) -> Row:
     by_lr = lambda size: lambda lr, seed: Case("softmax", lr, seed, size)
     return {
         "fits": fits(settings),
+        "losses": losses(settings),
         "rates": {"full": sweep(settings, "lr", RATES, by_lr(None)), "mini": sweep(settings, "lr", RATES, by_lr(32))},
         "sizes": sweep(settings, "size", SIZES, lambda size, seed: Case("softmax", 0.02, seed, size)),
         "changes": changes(settings),

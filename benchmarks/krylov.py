@@ -18,15 +18,14 @@ import json
 import pathlib
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from koopman import cpu, on_one_thread, versions
-from koopman_hpo_adapters.numpy import mlp, softmax_regression
+from study.problems import Case, Started, start
 
-from koopman_hpo import Space, inner, koopman, log, logit
+from koopman_hpo import koopman
 from koopman_hpo.krylov import estimate
 
 WINDOW, HORIZON, STARTS, SEEDS = 50, 1000, (0, 100, 400), (0, 1, 2)
@@ -34,117 +33,53 @@ GROUPS = ("full", "mini", "noisy", "adam", "kmnist")
 ROUNDS = 3
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run, and where its windows lie."""
-
-    group: str
-    model: str  # "softmax", "mlp" or "kmnist"
-    lr: float
-    seed: int
-    size: int | None = None  # of a batch, None for full batch
-    noise: float = 0.0  # share of random labels
-    optimizer: str = "sgd"
-
-
-def plan(group: str) -> list[Run]:
+def plan(group: str) -> list[Case]:
     """The runs of a group."""
     if group == "kmnist":
-        return [Run(group, "kmnist", lr, seed, 64) for lr in (0.003, 0.02) for seed in (0, 1)]
+        return [Case("kmnist", lr, seed, 64) for lr in (0.003, 0.02) for seed in (0, 1)]
     if group == "adam":
         rates = (3e-4, 1e-3, 3e-3)
-        return [Run(group, "mlp", r, s, size, optimizer="adam") for size in (None, 32) for r in rates for s in SEEDS[:2]]
+        return [Case("mlp", r, s, size, optimizer="adam") for size in (None, 32) for r in rates for s in SEEDS[:2]]
     size, noise = {"full": (None, 0.0), "mini": (32, 0.0), "noisy": (32, 0.2)}[group]
-    return [Run(group, m, lr, s, size, noise) for m in ("softmax", "mlp") for lr in (0.003, 0.02, 0.1) for s in SEEDS]
+    return [Case(m, lr, s, size, noise) for m in ("softmax", "mlp") for lr in (0.003, 0.02, 0.1) for s in SEEDS]
 
 
-def digits(seed: int, noise: float) -> tuple[Any, Any]:
-    """800 training images, a share of their labels random, and 500 validation images."""
-    from sklearn.datasets import load_digits
-
-    X, y = load_digits(return_X_y=True)
-    return split((X - X.mean()) / X.std(), y, seed, noise, 800)
-
-
-def kmnist(folder: str, seed: int) -> tuple[Any, Any]:
-    """2,000 training images, pooled to 14x14, and 500 validation images."""
-    X, y = (np.load(pathlib.Path(folder) / f"kmnist-test-{k}.npz")["arr_0"] for k in ("imgs", "labels"))
-    X = X.reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4)).reshape(-1, 196) / 255.0
-    return split((X - X.mean()) / X.std(), y.astype(int), seed, 0.0, 2000)
-
-
-def split(X: np.ndarray, y: np.ndarray, seed: int, noise: float, n: int) -> tuple[Any, Any]:
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(X))
-    train, val, labels = order[:n], order[n : n + 500], y[order[:n]].copy()
-    wrong = rng.random(n) < noise
-    labels[wrong] = rng.integers(0, 10, wrong.sum())
-    return (X[train], labels), (X[val], y[val])
-
-
-def start(run: Run) -> Any:
-    model = {
-        "softmax": lambda: softmax_regression(64, 10, seed=run.seed),
-        "mlp": lambda: mlp((64, 32, 10), seed=run.seed),
-        "kmnist": lambda: mlp((196, 64, 10), seed=run.seed),
-    }[run.model]()
-    name = "beta1" if run.optimizer == "adam" else "momentum"
-    space = Space(**{"lr": log(run.lr), name: logit(0.9), "weight_decay": log(1e-3)})
-    return getattr(inner, run.optimizer)(model, space)
-
-
-def batches(train: Any, size: int | None, seed: int) -> Callable[[int], Any]:
-    """The batch of a step: an epoch is drawn without replacement."""
-    X, y = train
-    if size is None:
-        return lambda t: train
-
-    def batch(t: int) -> Any:
-        epoch, k = divmod(t, len(y) // size)
-        order = np.random.default_rng((seed, epoch)).permutation(len(y))[k * size : (k + 1) * size]
-        return X[order], y[order]
-
-    return batch
-
-
-def windows(run: Run, folder: str) -> list[dict[str, Any]]:
+def windows(group: str, case: Case, folder: pathlib.Path | None) -> list[dict[str, Any]]:
     """Each window's truth, its estimates, and their cost."""
-    train, val = kmnist(folder, run.seed) if run.model == "kmnist" else digits(run.seed, run.noise)
-    batch = batches(train, run.size, run.seed)
-    return [one(run, begun, train, val, batch) for begun in STARTS]
+    return [{"group": group} | one(case, begun, start(case, folder)) for begun in STARTS]
 
 
-def one(run: Run, begun: int, train: Any, val: Any, batch: Callable[[int], Any]) -> dict[str, Any]:
-    r = start(run)
+def one(case: Case, begun: int, s: Started) -> dict[str, Any]:
+    r, batch = s.run, s.batch
     phi, ahead = r.space.phi0, HORIZON - WINDOW - begun
     for t in range(begun):
         r.step(phi, batch(t), tangents=False)
     before, steps = r.snapshot(), [batch(t) for t in range(begun, begun + WINDOW)]
     noise: dict[str, Any] = {}
-    if run.size is not None:
-        epoch = [batch(t) for t in range(len(train[1]) // run.size)]
-        noise = {"batches": epoch} | ({"noise": "epoch"} if run.optimizer == "sgd" else {})
+    if s.epoch is not None:
+        noise = {"batches": s.epoch} | ({"noise": "epoch"} if case.optimizer == "sgd" else {})
     took: dict[str, list[float]] = {"window": [], "krylov": []}
     for _ in range(ROUNDS):
         r.restore(before)
         clock = time.perf_counter()
-        _, H = r.run(phi, steps, val)
+        _, H = r.run(phi, steps, s.val)
         took["window"].append(time.perf_counter() - clock)
         clock = time.perf_counter()
-        found = estimate(r, train, val, ahead, **noise)
+        found = estimate(r, s.train, s.val, ahead, **noise)
         took["krylov"].append(time.perf_counter() - clock)
-    plain = estimate(r, train, val, ahead) if "noise" in noise else found
+    plain = estimate(r, s.train, s.val, ahead) if "noise" in noise else found
     for t in range(begun + WINDOW, HORIZON):
         r.step(phi, batch(t))
     values = {
-        "true": r.hypergradient(val).grad,
+        "true": r.hypergradient(s.val).grad,
         "krylov": found.estimate,
         "plain": plain.estimate,
+        "aged": koopman.extrapolate(H, ahead, age=(begun + 1, 1)).value,
         "affine": koopman.extrapolate(H, ahead, method="affine", gate=np.inf).value,
         "last": H[-1],
     }
     return (
-        asdict(run)
+        asdict(case)
         | {name: value.tolist() for name, value in values.items()}
         | {
             "begun": begun,
@@ -158,7 +93,7 @@ def one(run: Run, begun: int, train: Any, val: Any, batch: Callable[[int], Any])
     )
 
 
-METHODS = ("krylov", "plain", "affine", "last")
+METHODS = ("krylov", "plain", "aged", "affine", "last")
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -195,7 +130,12 @@ def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for row in rows:
         batch = "full batch" if row["size"] is None else f"batch {row['size']}"
         group = f"{row['group']}, {batch}" if row["group"] == "adam" else row["group"]
-        for name in (group, f"{group}: {row['model']}", f"{group}: lr {row['lr']:g}", f"{group}: begun at {row['begun']}"):
+        for name in (
+            group,
+            f"{group}: {row['problem']}",
+            f"{group}: lr {row['lr']:g}",
+            f"{group}: begun at {row['begun']}",
+        ):
             parts.setdefault(name, []).append(row)
     return {name: summary(part) for name, part in sorted(parts.items())}
 
@@ -243,18 +183,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = pathlib.Path(__file__).parent
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=[g for g in GROUPS if g != "kmnist"])
-    parser.add_argument("--data", default="../shared/data", help="folder with the KMNIST test set (.npz)")
+    parser.add_argument("--data", type=pathlib.Path, help="folder with the KMNIST test set (.npz)")
     parser.add_argument("--output", type=pathlib.Path, default=here / "results" / "krylov.json")
     parser.add_argument("--image", type=pathlib.Path, help="where to draw the figure of docs/krylov.md")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer for a quick look")
     arguments = parser.parse_args()
+    if "kmnist" in arguments.groups and arguments.data is None:
+        parser.error("kmnist needs --data")
     rows: list[dict[str, Any]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for group in arguments.groups:
             for run in plan(group):
                 if run.seed < arguments.seeds:
-                    rows += windows(run, arguments.data)
+                    rows += windows(group, run, arguments.data)
     found = table(rows)
     show(found)
     record = {"cpu": cpu(), "versions": versions(), "window": WINDOW, "horizon": HORIZON, "table": found, "rows": rows}

@@ -9,9 +9,18 @@ where a record is what evidence.py stores: {"tier", "seconds", "cpu", "versions"
 
 from __future__ import annotations
 
-from . import crossing, estimates, paper, restarts, tuning
+from . import costs, crossing, estimates, model_based, paper, questions, restarts, tuning
 from .settings import Settings
 
-SECTIONS = {"estimates": estimates, "tuning": tuning, "crossing": crossing, "restarts": restarts, "paper": paper}
+SECTIONS = {
+    "estimates": estimates,
+    "krylov": model_based,
+    "costs": costs,
+    "questions": questions,
+    "tuning": tuning,
+    "crossing": crossing,
+    "restarts": restarts,
+    "paper": paper,
+}
 
 __all__ = ["SECTIONS", "Settings"]

@@ -17,13 +17,14 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def number(x: Any) -> str:
-    """Text as it is, None as a dash, a float with two digits that say something: .031, .31, 3.1, 31."""
+    """Text as it is, None as a dash, a float with two digits that say something: .031, .31, 3.1, 31, 3e+06."""
     if x is None:
         return "-"
     if not isinstance(x, float):
         return str(x)
     size = abs(x)
-    return f"{x:.0f}" if size >= 10 else f"{x:.1f}" if size >= 3 else f"{x:.2f}" if size >= 0.1 else f"{x:.3f}"
+    digits = ".0e" if size >= 1e4 else ".0f" if size >= 10 else ".1f" if size >= 3 else ".2f" if size >= 0.1 else ".3f"
+    return f"{x:{digits}}"
 
 
 def percent(x: float | None) -> str:

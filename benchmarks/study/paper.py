@@ -1,6 +1,6 @@
 """The paper's experiments in small: optimizer hyperparameters of a LeNet on MNIST, and run time.
 
-A LeNet for MNIST pooled to 14x14 (3,012 parameters, JAX under the library's own optimizers), 1,000 training and 250
+A LeNet for MNIST pooled to 14x14 (3,012 parameters, JAX under the library's own optimizers), 1,000 training and 150
 validation images, batches of 32, 200 steps (full tier 2,000); tuned: lr and momentum of SGD, or lr and both betas of Adam.
 """
 
@@ -40,7 +40,7 @@ def rows(job: tuple[str, int], data: Any, steps: int) -> list[dict[str, Any]]:
     model, (train, val) = problems.MODELS["cnn"](Case("cnn", 1.0, seed, 32, optimizer=optimizer), data)
     images, y = problems.mnist(data)
     X = problems.standardised(problems.pooled(images, 2)).reshape(-1, 14, 14, 1).astype(np.float32)
-    rest = np.random.default_rng(seed).permutation(len(X))[5000:]  # the first 1,250 of this order train and validate
+    rest = np.random.default_rng(seed).permutation(len(X))[5000:]  # the first 1,150 of this order train and validate
     test, batch = (X[rest], y[rest].astype(np.int32)), problems.feed(train, 32, seed)
     found = []
     for lr in STARTS[optimizer]:

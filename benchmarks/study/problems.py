@@ -149,7 +149,7 @@ def _cnn(case: Case, data: Any) -> Any:
 
     images, y = mnist(data)
     X = standardised(pooled(images, 2)).reshape(-1, 14, 14, 1).astype(np.float32)
-    return lenet(case.seed), split(X, y.astype(np.int32), case, 1000, 250)
+    return lenet(case.seed), split(X, y.astype(np.int32), case, 1000, 150)
 
 
 def _characters(case: Case, data: Any) -> Any:

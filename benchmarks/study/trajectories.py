@@ -7,12 +7,13 @@ A run at fixed hyperparameters.  `b` is where tangents begin: anew at each of a 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .problems import NEEDS_DATA, Case, start
+from .problems import NEEDS_DATA, Case, Started, start
 from .settings import Settings
 
 HORIZON = 1000
@@ -46,12 +47,20 @@ def recorded(begun: int) -> set[int]:
     return {*range(begun + 1, end + 1), *range(end, HORIZON + 1, EVERY), HORIZON}
 
 
-def trained(case: Case, data: pathlib.Path | None, begun: int) -> Trajectory:
+Drive = Callable[[Started, int], tuple[np.ndarray, Any]]  # (run, step) -> phi (q,), batch
+
+
+def as_begun(s: Started, t: int) -> tuple[np.ndarray, Any]:
+    """Hyperparameters and data stay what they are."""
+    return s.run.space.phi0, s.batch(t)
+
+
+def trained(case: Case, data: pathlib.Path | None, begun: int, drive: Drive = as_begun) -> Trajectory:
     """Train to the horizon, tangents from step `begun`."""
     s, steps = start(case, data), recorded(begun)
-    H, phi = [], s.run.space.phi0
+    H = []
     for t in range(HORIZON):
-        s.run.step(phi, s.batch(t), tangents=t >= begun)
+        s.run.step(*drive(s, t), tangents=t >= begun)
         if t + 1 in steps:
             H.append(s.run.hypergradient(s.val).grad)
     return Trajectory(begun, np.array(sorted(steps)), np.array(H))

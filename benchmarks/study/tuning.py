@@ -216,9 +216,10 @@ def rivals_block(record: dict[str, Any]) -> str:
         runs, found = ends[best]
         start = loss(by_start(record, setting, ours).mean(axis=0).min())
         lines.append(
-            f"- {LABELS[setting]}: best of the searches is {NAMES[best]}, {loss(found[-1])} after {number(float(runs[-1]))} "
-            f"runs; best of the online runs is {ours}, {loss(mean[ours])} on the mean over starts and {start} from the best; "
-            f"hypergradient descent, for one run, {loss(mean['hypergradient descent'])}; true global {loss(mean['global'])}."
+            f"- {LABELS[setting]}: best of the searches is {NAMES[best]}, {loss(found[-1])} after "
+            f"{number(float(runs[-1]))} runs; best of the online runs is {ours}, {loss(mean[ours])} on the mean over starts "
+            f"and {start} from the best; hypergradient descent, for one run, {loss(mean['hypergradient descent'])}; true "
+            f"global {loss(mean['global'])}."
         )
     return "\n".join(lines)
 

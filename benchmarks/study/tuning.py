@@ -217,9 +217,9 @@ def rivals_block(record: dict[str, Any]) -> str:
         start = loss(by_start(record, setting, ours).mean(axis=0).min())
         lines.append(
             f"- {LABELS[setting]}: best of the searches is {NAMES[best]}, {loss(found[-1])} after "
-            f"{number(float(runs[-1]))} runs; best of the online runs is {ours}, {loss(mean[ours])} on the mean over starts "
-            f"and {start} from the best; hypergradient descent, for one run, {loss(mean['hypergradient descent'])}; true "
-            f"global {loss(mean['global'])}."
+            f"{number(float(runs[-1]))} runs; best of the online runs is {ours}, {loss(mean[ours])} on the mean over "
+            f"starts and {start} from the best; hypergradient descent, for one run, "
+            f"{loss(mean['hypergradient descent'])}; true global {loss(mean['global'])}."
         )
     return "\n".join(lines)
 

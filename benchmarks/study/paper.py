@@ -78,7 +78,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     seeds = range(FIRST_SEED, FIRST_SEED + (5 if settings.full else 2))
     steps, jobs = (2000 if settings.full else STEPS), [(o, s) for o in STARTS for s in seeds]
     done = settings.map(partial(rows, data=settings.data, steps=steps), jobs)
-    return {"steps": steps, "rows": [r for part in done for r in part]}
+    return {"steps": steps, "runs": RUNS, "rows": [r for part in done for r in part]}
 
 
 def whole(x: float | None) -> float:
@@ -114,14 +114,14 @@ def verdict(record: dict[str, Any]) -> str:
     """The claim, "the cost of local, the quality of global", in the figures of the table."""
     if not record["results"]:
         return ""
-    out = []
+    out, runs = [], record["results"]["runs"]
     for optimizer in STARTS:
         mine = [r for r in record["results"]["rows"] if r["optimizer"] == optimizer]
         mean = lambda m, k, mine=mine: float(np.mean([whole(r["found"][k]) for r in mine if r["method"] == m]))
         time_, loss = ({m: mean(m, k) for m in METHODS} for k in (2, 1))
         out.append(
             f"{LABELS[optimizer]}: glocal takes {time_['glocal'] / time_['local']:.1f} times the time of local and "
-            f"{percent(time_['glocal'] / time_['global'])} of that of true global ({RUNS} runs and the last); test loss "
+            f"{percent(time_['glocal'] / time_['global'])} of that of true global ({runs} runs and the last); test loss "
             f"{loss['glocal']:.3f}, local {loss['local']:.3f}, global {loss['global']:.3f}."
         )
     return " ".join(out)

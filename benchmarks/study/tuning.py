@@ -203,6 +203,27 @@ def same_quality(record: dict[str, Any], setting: str, test: float) -> str:
     return f"Runs for the same quality: {', '.join(say(m) for m in searched)}."
 
 
+def rivals_block(record: dict[str, Any]) -> str:
+    """What was best of all, and what hypergradient descent does for the price of one run."""
+    if not record["data"]:
+        return "Not measured: no data was given."
+    lines = []
+    for setting in TASKS:
+        mean = {m: float(by_start(record, setting, m).mean()) for m in ONE_RUN}
+        ends = {m: curve(record, setting, m) for m in BLACK_BOX if m in methods(record)}
+        best = min(ends, key=lambda m: ends[m][1][-1])
+        ours = min((m for m in ONE_RUN if "local" in m or "glocal" in m), key=lambda m: mean[m])
+        runs, found = ends[best]
+        start = loss(by_start(record, setting, ours).mean(axis=0).min())
+        lines.append(
+            f"- {LABELS[setting]}: best of the searches is {NAMES[best]}, {loss(found[-1])} after "
+            f"{number(float(runs[-1]))} runs; best of the online runs is {ours}, {loss(mean[ours])} on the mean over "
+            f"starts and {start} from the best; hypergradient descent, for one run, "
+            f"{loss(mean['hypergradient descent'])}; true global {loss(mean['global'])}."
+        )
+    return "\n".join(lines)
+
+
 def missing_block(record: dict[str, Any]) -> str:
     if not record["data"]:
         return "Not measured: no data was given."
@@ -275,6 +296,7 @@ BLOCKS = {
     "tuning.cost": cost_block,
     "tuning.table": table_block,
     "tuning.verdict": verdict_block,
+    "tuning.rivals": rivals_block,
     "tuning.missing": missing_block,
 }
 FIGURES = {"evidence_tuning.png": anytime, "evidence_starts.png": starts}

@@ -107,14 +107,14 @@ def batches(train: Any, size: int | None, seed: int) -> Callable[[int], Any]:
     return batch
 
 
-def windows(run: Run, folder: str) -> list[dict[str, Any]]:
+def windows(run: Run, folder: str, rounds: int) -> list[dict[str, Any]]:
     """Each window's truth, its estimates, and their cost."""
     train, val = kmnist(folder, run.seed) if run.model == "kmnist" else digits(run.seed, run.noise)
     batch = batches(train, run.size, run.seed)
-    return [one(run, begun, train, val, batch) for begun in STARTS]
+    return [one(run, begun, train, val, batch, rounds) for begun in STARTS]
 
 
-def one(run: Run, begun: int, train: Any, val: Any, batch: Callable[[int], Any]) -> dict[str, Any]:
+def one(run: Run, begun: int, train: Any, val: Any, batch: Callable[[int], Any], rounds: int) -> dict[str, Any]:
     r = start(run)
     phi, ahead = r.space.phi0, HORIZON - WINDOW - begun
     for t in range(begun):
@@ -123,9 +123,9 @@ def one(run: Run, begun: int, train: Any, val: Any, batch: Callable[[int], Any])
     noise: dict[str, Any] = {}
     if run.size is not None:
         epoch = [batch(t) for t in range(len(train[1]) // run.size)]
-        noise = {"batches": epoch} | ({"noise": "epoch"} if run.optimizer == "sgd" else {})
+        noise = {"batches": epoch, "stages": 6} | ({"noise": "epoch"} if run.optimizer == "sgd" else {})
     took: dict[str, list[float]] = {"window": [], "krylov": []}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         r.restore(before)
         clock = time.perf_counter()
         _, H = r.run(phi, steps, val)
@@ -133,7 +133,7 @@ def one(run: Run, begun: int, train: Any, val: Any, batch: Callable[[int], Any])
         clock = time.perf_counter()
         found = estimate(r, train, val, ahead, **noise)
         took["krylov"].append(time.perf_counter() - clock)
-    plain = estimate(r, train, val, ahead) if "noise" in noise else found
+    plain = estimate(r, train, val, ahead, stages=6) if "noise" in noise else found
     for t in range(begun + WINDOW, HORIZON):
         r.step(phi, batch(t))
     values = {
@@ -247,6 +247,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=here / "results" / "krylov.json")
     parser.add_argument("--image", type=pathlib.Path, help="where to draw the figure of docs/krylov.md")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer for a quick look")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each measurement of the cost")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with warnings.catch_warnings():
@@ -254,7 +255,7 @@ def main() -> None:
         for group in arguments.groups:
             for run in plan(group):
                 if run.seed < arguments.seeds:
-                    rows += windows(run, arguments.data)
+                    rows += windows(run, arguments.data, arguments.rounds)
     found = table(rows)
     show(found)
     record = {"cpu": cpu(), "versions": versions(), "window": WINDOW, "horizon": HORIZON, "table": found, "rows": rows}

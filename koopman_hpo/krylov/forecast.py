@@ -172,8 +172,8 @@ def _rolled(model: Model, plan: Settings, steps: int, now: Array) -> Forecast:
     extra = doubt = np.zeros_like(h)
     if plan.noise is not None:
         epoch = len(plan.batches or ()) if plan.noise == "epoch" else None
-        last = rolled.stages[-1][0]
-        extra, doubt = noise.correction(model, last, rolled.end.theta, steps, chosen, epoch, plan.depth)
+        last, theta, rough = rolled.stages[-1][0], rolled.end.theta, plan.tolerance > 0
+        extra, doubt = noise.correction(model, last, theta, steps, chosen, epoch, plan.depth, rough)
         doubt = doubt + NOISE_DOUBT * np.abs(extra)
     value = h + extra
     size = _rms(value) or 1.0

@@ -161,6 +161,11 @@ def check_run(call: str, inner: Any) -> None:
             f"jax.problem(...), or use koopman.extrapolate(H, ahead)."
         )
     frozen.check(call, inner.rule)
+    if inner.beside:
+        raise AdapterError(
+            f"{call}: a step with {inner.beside} cannot be frozen. Make the run without, or extrapolate the trajectory: "
+            f"koopman.extrapolate(H, ahead)."
+        )
 
 
 def _rolled(model: Model, plan: Settings, steps: int, now: Array) -> Forecast:

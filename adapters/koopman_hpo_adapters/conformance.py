@@ -415,7 +415,7 @@ class Conformance:
                         foreign: Any = some
                         _raises(AdapterError, lambda: krylov.estimate(foreign, batches[0], toy.val_batch(), 20))  # noqa: B023
                         return
-                    noise = {"noise": "epoch", "batches": batches[:4]} if name == "sgd" else {}
+                    noise: dict[str, Any] = {"noise": "epoch", "batches": batches[:4]} if name == "sgd" else {}
                     found.append(krylov.estimate(some, batches[0], toy.val_batch(), 20, columns=99, **noise).estimate)
                 size = np.abs(found[1]).max()
                 np.testing.assert_allclose(found[0], found[1], rtol=1e-8, atol=1e-8 * size, err_msg=f"{model}, {name}")

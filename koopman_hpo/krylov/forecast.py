@@ -17,6 +17,7 @@ from .model import Model
 
 GATE = 0.5  # accepted if the error is below this part of the value
 NOISES = ("epoch", "independent")
+NEGLECTED = ("beta2", "alpha")  # hyperparameters of the preconditioner alone, which is frozen
 NOISE_DOUBT = 0.5  # share of the noise term that its own error is taken to be, beside its spread over batches
 MOST_STEPS = 10**9
 

@@ -57,7 +57,7 @@ def one(case: Case, begun: int, s: Started, rounds: int) -> dict[str, Any]:
     before, steps = r.snapshot(), [batch(t) for t in range(begun, begun + WINDOW)]
     noise: dict[str, Any] = {}
     if s.epoch is not None:
-        noise = {"batches": s.epoch} | ({"noise": "epoch"} if case.optimizer == "sgd" else {})
+        noise = {"batches": s.epoch, "stages": 6} | ({"noise": "epoch"} if case.optimizer == "sgd" else {})
     took: dict[str, list[float]] = {"window": [], "krylov": []}
     for _ in range(rounds):
         r.restore(before)
@@ -67,7 +67,7 @@ def one(case: Case, begun: int, s: Started, rounds: int) -> dict[str, Any]:
         clock = time.perf_counter()
         found = estimate(r, s.train, s.val, ahead, **noise)
         took["krylov"].append(time.perf_counter() - clock)
-    plain = estimate(r, s.train, s.val, ahead) if "noise" in noise else found
+    plain = estimate(r, s.train, s.val, ahead, stages=6) if "noise" in noise else found
     for t in range(begun + WINDOW, HORIZON):
         r.step(phi, batch(t))
     values = {
@@ -109,7 +109,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "windows": len(rows),
         "error": {m: middle(e) for m, e in error.items()},
-        "sign": {m: share(np.sign([row[m] for row in rows]) == np.sign(true)) for m in METHODS},
+        "sign": {m: share(np.sign([row[m] for row in rows]) == np.sign(true)) for m in METHODS}
+        | {"constant": constant(rows)},
         "wins_against_affine": share(error["krylov"] < error["affine"]),
         "wins_against_last": share(error["krylov"] < error["last"]),
         "accepted": share(taken),
@@ -122,6 +123,19 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "cost_in_windows": middle([row["cost"] for row in rows]),
         "hvps": middle([row["hvps"] for row in rows]),
     }
+
+
+def constant(rows: list[dict[str, Any]]) -> float | None:
+    """The control: share of signs that one direction for all gets right, the mean of the true ones of the other runs."""
+    run = lambda row: (row["group"], row["model"], row["lr"], row["seed"], row["size"])
+    unit = np.array([row["true"] for row in rows])
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    right = []
+    for row, true in zip(rows, unit, strict=True):
+        others = unit[[run(r) != run(row) for r in rows]]
+        if len(others):
+            right.append(np.sign(others.mean(axis=0)) == np.sign(true))
+    return float(np.mean(right)) if right else None
 
 
 def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -141,14 +155,14 @@ def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def show(found: dict[str, dict[str, Any]]) -> None:
-    heads = ("krylov", "plain", "affine", "last", "sign", "wins", "taken", "error", "2x", "cost")
+    heads = ("krylov", "plain", "affine", "last", "sign", "constant", "wins", "taken", "error", "2x", "cost")
     print(f"{'':26} {'n':>4} " + " ".join(f"{h:>8}" for h in heads))
     for name, s in found.items():
         e = s["error"]
         accepted = np.nan if s["error_accepted"] is None else s["error_accepted"]
         print(
             f"{name:26} {s['windows']:4} {e['krylov']:8.4f} {e['plain']:8.4f} {e['affine']:8.3f} {e['last']:8.3f} "
-            f"{s['sign']['krylov']:8.2f} {s['wins_against_affine']:8.2f} {s['accepted']:8.2f} {accepted:8.4f} "
+            f"{s['sign']['krylov']:8.2f} {s['sign']['constant'] or np.nan:8.2f} {s['wins_against_affine']:8.2f} {s['accepted']:8.2f} {accepted:8.4f} "
             f"{s['covered_twice']:8.2f} {s['cost_in_windows']:8.2f}"
         )
 

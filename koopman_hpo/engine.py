@@ -141,6 +141,11 @@ class CoreInner:
             f" of {self.problem.name}" if self.problem.name else ""
         )
 
+    @property
+    def beside(self) -> str:
+        """What keeps a step from being frozen: what it does beside its gradient and the rule, or where; "" for nothing."""
+        return "" if self._device.name == "cpu" else f"device={self._device.name!r}"
+
     def tangent_norm(self) -> float:
         """Frobenius norm of the tangents of theta: grows exponentially where training is chaotic."""
         return self._device.norm(self._state.Z)

@@ -61,6 +61,7 @@ class Problem:
         None: central differences of `outer` are used where it is needed.
       linearise: `(theta (p,), hyper, batch, rough) -> push`, with `push(Z (n, p), dhyper) -> dG (n, p)` as `grad_jvp`'s
         dG, any number of times at the one point; None: `grad_jvp` is called each time. rough: single precision will do.
+        With another `grad_jvp` it must be another, or None.
       note: how the derivatives were made, where that is worth knowing (`"exact"`, `"central differences, ..."`).
       name: what tells this model from others of its size, for checkpoints: architecture and fixed terms of the loss.
       domains: `{name: (low, high)}` of loss hyperparameters that may not lie anywhere: natural values, both ends allowed.

@@ -121,8 +121,8 @@ class Glocal:
       snapshots: hypergradients wanted a window.
       estimator: "trajectory"; "krylov": `krylov.estimate` where it passes its gate, else the trajectory's; "auto": krylov
         where the inner problem is deterministic (no `noise`, no `batches`), where hyperparameters of the loss are tuned,
-        and where it costs less than `share` of the window, about; else, and for a run that cannot be frozen, the
-        trajectory's.  The reason is recorded.
+        and where it costs less than `share` of the window, about; else, for a run that cannot be frozen, and where beta2
+        or alpha is tuned, the trajectory's.  The reason is recorded.
       train_batch: of krylov, what the mean gradient is taken on.  batches, noise: of krylov, how training differs from
         steps on `train_batch`, as for `krylov.estimate`.
       settings: further keywords of `krylov.estimate`.
@@ -199,6 +199,9 @@ class Glocal:
             return f"no krylov ({error})"
         run = window.run
         assert isinstance(run, CoreInner)
+        neglected = [name for name in run.space.names if name in krylov.NEGLECTED]
+        if neglected:
+            return f"no krylov ({', '.join(neglected)} is tuned, which it leaves out)"
         loss = any(name not in run.rule.defaults for name in run.space.names)
         if loss or (self.noise is None and self.batches is None):
             return ""

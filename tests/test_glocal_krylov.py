@@ -110,6 +110,12 @@ def test_a_run_that_cannot_be_frozen_is_refused_or_said():
     np.testing.assert_array_equal(history.estimate, tuned(Glocal(), start(inner.adagrad, lr=log(0.05))).estimate)
 
 
+def test_auto_leaves_what_krylov_neglects_to_the_trajectory():
+    history = tuned(Glocal(estimator="auto", train_batch=TRAIN), start(inner.adam, lr=log(1e-3), beta2=logit(0.99)))
+    assert "beta2" in history.reason[0]
+    assert history.method[0] != "krylov"
+
+
 @pytest.mark.parametrize("mode", ["online", "restart"])
 @pytest.mark.parametrize("change", [{}, {"batches": BATCHES, "noise": "epoch", "share": 1e3}])
 def test_resumes_bit_for_bit(tmp_path, mode, change):

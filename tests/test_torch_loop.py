@@ -11,7 +11,9 @@ from koopman_hpo_adapters.torch import HyperOptimizer
 from torch import nn
 
 from koopman_hpo import (
+    AdapterError,
     CheckpointError,
+    Glocal,
     Guard,
     Local,
     Space,
@@ -1005,3 +1007,41 @@ def test_a_run_cannot_be_copied_away_from_its_model():
     hopt = HyperOptimizer(opt, tune="lr", val_loss=lambda: model(torch.ones(1, 5)).sum(), steps=50)
     with pytest.raises(KoopmanHPOError, match="load_state_dict"):
         copy.deepcopy(hopt)
+
+
+# -- the model-based operator ------------------------------------------------------------------------------------------
+
+
+def rolled(estimator, tmp_path=None, stop=None, **more):
+    """A run whose windows are closed by `Glocal(estimator=...)`, saved and resumed on the way if asked for."""
+
+    def make(seed):
+        model = mlp(seed)
+        strategy = Glocal(estimator=estimator, train_batch=lambda: loss_of(model), settings={"gate": 1e9})
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+        settings = {"tune": ("lr", "momentum"), "steps": 12, "window": 6, "outer": None, "strategy": strategy}
+        return model, wrap(model, opt, **settings | more)
+
+    model, hopt = make(1)
+    for t in range(12):
+        if t == stop:
+            hopt.save(tmp_path / "run")
+            model, hopt = make(2)
+            hopt.load(tmp_path / "run")
+        hopt.step(loss_of(model))
+    return hopt.tuner.history
+
+
+def test_glocal_rolls_a_torch_run_and_resumes_it(tmp_path):
+    whole, resumed = rolled("krylov"), rolled("krylov", tmp_path, stop=4)
+    assert whole.method[0] == "krylov"
+    for name, column in whole.arrays().items():
+        np.testing.assert_array_equal(column, resumed.arrays()[name])
+
+
+def test_a_clipped_step_is_not_frozen():
+    with pytest.raises(AdapterError, match="clip_norm cannot be frozen"):
+        rolled("krylov", clip_norm=1.0)
+    history = rolled("auto", clip_norm=1.0)
+    assert history.method[0] != "krylov"
+    assert "clip_norm" in history.reason[0]

@@ -77,6 +77,10 @@ class TorchInner(CoreInner):
         if self._key != self._shown_at(phi):
             raise AdapterError("HyperOptimizer.step: the tuner was moved from outside. Resume with HyperOptimizer.load().")
 
+    @property
+    def beside(self) -> str:
+        return "clip_norm" if self._clip is not None else "BatchNorm" if self.losses.statistics.layers else ""
+
     # -- running -------------------------------------------------------------------------------------------------------
 
     def step(self, phi: ArrayLike, batch: Any, *, tangents: bool = True) -> float:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from koopman_hpo import inner as core
-from koopman_hpo import log, logit
+from koopman_hpo import krylov, log, logit
 from koopman_hpo.checkpoint import load, save
 from koopman_hpo.engine import CoreInner
 from koopman_hpo.errors import AdapterError, HyperparameterError, ShapeError
@@ -221,6 +221,7 @@ def _by_label(problem: Problem) -> Problem:
         grad_jvp=lambda theta, hyper, Z, dhyper, b: problem.grad_jvp(theta, hyper, Z, dhyper, label(b)),
         outer=lambda theta, hyper, b: problem.outer(theta, hyper, label(b)),
         outer_hvp=None,
+        linearise=None,
     )
 
 
@@ -405,6 +406,28 @@ class Conformance:
         run, toy, _ = self._run("mlp", "adam")
         report = check_hypergradient(run, toy.batches(), toy.val_batch())
         assert report.ok, str(report)
+
+    def test_the_model_based_estimate_agrees_with_the_core(self) -> None:
+        """Of a run whose optimizer is known; of any other it is refused."""
+        for model in self.models:
+            for name in ("sgd", "adam", "rmsprop"):
+                toy, case = MODELS[model], OPTIMIZERS[name]
+                space = toy.space(case)
+                run = self.inner(toy, case, space, DOUBLE)
+                if run is None:
+                    continue
+                runs, found = (run, case.run(toy.reference, space)), []
+                for some in runs:
+                    _train(some, toy, DOUBLE, space)
+                    batches = toy.batches()
+                    if not isinstance(some, CoreInner):
+                        foreign: Any = some
+                        _raises(AdapterError, lambda: krylov.estimate(foreign, batches[0], toy.val_batch(), 20))  # noqa: B023
+                        return
+                    noise: dict[str, Any] = {"noise": "epoch", "batches": batches[:4]} if name == "sgd" else {}
+                    found.append(krylov.estimate(some, batches[0], toy.val_batch(), 20, columns=99, **noise).estimate)
+                size = np.abs(found[1]).max()
+                np.testing.assert_allclose(found[0], found[1], rtol=1e-8, atol=1e-8 * size, err_msg=f"{model}, {name}")
 
     def test_schedules_agree_with_the_core(self) -> None:
         toy = MODELS["logistic"]

@@ -17,6 +17,7 @@ from .model import Model
 
 GATE = 0.5  # accepted if the error is below this part of the value
 NOISES = ("epoch", "independent")
+NEGLECTED = ("beta2", "alpha")  # hyperparameters of the preconditioner alone, which is frozen
 NOISE_DOUBT = 0.5  # share of the noise term that its own error is taken to be, beside its spread over batches
 MOST_STEPS = 10**9
 
@@ -161,6 +162,11 @@ def check_run(call: str, inner: Any) -> None:
             f"jax.problem(...), or use koopman.extrapolate(H, ahead)."
         )
     frozen.check(call, inner.rule)
+    if inner.beside:
+        raise AdapterError(
+            f"{call}: a step with {inner.beside} cannot be frozen. Make the run without, or extrapolate the trajectory: "
+            f"koopman.extrapolate(H, ahead)."
+        )
 
 
 def _rolled(model: Model, plan: Settings, steps: int, now: Array) -> Forecast:
@@ -172,8 +178,8 @@ def _rolled(model: Model, plan: Settings, steps: int, now: Array) -> Forecast:
     extra = doubt = np.zeros_like(h)
     if plan.noise is not None:
         epoch = len(plan.batches or ()) if plan.noise == "epoch" else None
-        last = rolled.stages[-1][0]
-        extra, doubt = noise.correction(model, last, rolled.end.theta, steps, chosen, epoch, plan.depth)
+        last, theta, rough = rolled.stages[-1][0], rolled.end.theta, plan.tolerance > 0
+        extra, doubt = noise.correction(model, last, theta, steps, chosen, epoch, plan.depth, rough)
         doubt = doubt + NOISE_DOUBT * np.abs(extra)
     value = h + extra
     size = _rms(value) or 1.0

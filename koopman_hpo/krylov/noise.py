@@ -102,23 +102,25 @@ def covariance(A: Array, J: Array, C: Array, steps: int, epoch: int | None) -> A
 
 
 def correction(
-    model: Model, stage: Stage, theta: Array, steps: int, batches: list[Any], epoch: int | None, depth: int
+    model: Model, stage: Stage, theta: Array, steps: int, batches: list[Any], epoch: int | None, depth: int, rough: bool
 ) -> tuple[Array, Array]:
     """(q,) derivative of `1/2 tr(V Sigma)` with respect to phi, through the optimizer's hyperparameters; and its standard
     error over the sampled batches.
 
-    stage: whose linearisation serves the whole way; theta: (p,) at the horizon; steps: to it; batches: a sample of them.
+    stage: the last; theta: (p,) at the horizon, where training is linearised for the whole way: most noise that is left
+    there came last; steps: to it; batches: a sample of them.
     """
-    t = stage.start.t
-    mean = model.gradient(stage.centre, t)
-    noise = stage.scale * np.array([model.gradient(stage.centre, t, batch) - mean for batch in batches])
+    t = stage.start.t + stage.steps
+    stage = stage._replace(centre=theta, middle=t, curvature=model.curvature(theta, t, rough))
+    mean = model.gradient(theta, t)
+    noise = stage.scale * np.array([model.gradient(theta, t, batch) - mean for batch in batches])
     n, p = noise.shape
     product = operator(stage, model)
     Q, images = spaces(noise, product, depth)
     r = Q.shape[1]
     at = stage.pieces[-1].at
     small = _small(stage, model, Q, images)
-    curved = model.outer_hvp(theta, (stage.scale * Q).reshape(n * r, p), t + stage.steps).reshape(n, r, p)
+    curved = model.outer_hvp(theta, (stage.scale * Q).reshape(n * r, p), t).reshape(n, r, p)
     V = np.einsum("nap,nbp->nab", Q, stage.scale * curved)
     C = np.zeros((n, r, r))
     C[:, 0, 0] = np.sum(noise**2, axis=1)

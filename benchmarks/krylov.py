@@ -162,8 +162,8 @@ def show(found: dict[str, dict[str, Any]]) -> None:
         accepted = np.nan if s["error_accepted"] is None else s["error_accepted"]
         print(
             f"{name:26} {s['windows']:4} {e['krylov']:8.4f} {e['plain']:8.4f} {e['affine']:8.3f} {e['last']:8.3f} "
-            f"{s['sign']['krylov']:8.2f} {s['sign']['constant'] or np.nan:8.2f} {s['wins_against_affine']:8.2f} {s['accepted']:8.2f} {accepted:8.4f} "
-            f"{s['covered_twice']:8.2f} {s['cost_in_windows']:8.2f}"
+            f"{s['sign']['krylov']:8.2f} {s['sign']['constant'] or np.nan:8.2f} {s['wins_against_affine']:8.2f} "
+            f"{s['accepted']:8.2f} {accepted:8.4f} {s['covered_twice']:8.2f} {s['cost_in_windows']:8.2f}"
         )
 
 

@@ -91,6 +91,29 @@ def test_a_summary_counts_what_it_says():
     assert found["covered_twice"] == pytest.approx(5 / 6, abs=1e-3)
 
 
+def test_the_page_says_which_goals_are_reached_and_what_is_left_out():
+    summary = lambda error, covered: {"error": error, "ratio": error, "covered": covered, "covered_norm": covered}
+    methods = {"last": summary(1.0, 0.1), "aged": summary(0.5, 0.9), "auto": summary(1.5, 0.2)}
+    worse = methods | {"aged": summary(1.25, 0.5)}
+    cells = [
+        {"group": "full", "tangents": "reset", "tau": 20, "methods": methods},
+        {"group": "ridge", "tangents": "reset", "tau": 50, "methods": worse},
+    ]
+    record = {
+        "tier": "small",
+        "data": False,
+        "results": {"cells": cells, "all": {"windows": 7, "methods": methods}, "runs": 2},
+    }
+    text = estimates.bars(record)
+    for words in (
+        "7 windows of 2 runs (small tier; without MNIST and KMNIST",
+        "in 1 of 2 cells (**auto**: 0)",
+        "Not below it in: ridge regression, full batch (reset 50).",
+        "At least 80 % in 1 of 2 cells; less in cells of: ridge regression, full batch.",
+    ):
+        assert words in text
+
+
 def test_cells_are_named_by_problem():
     named = [("full", "reset", 20), ("full", "reset", 50), ("ridge", "cumulative", 20)]
     found = [dict(zip(("group", "tangents", "tau"), names, strict=True)) for names in named]

@@ -159,7 +159,8 @@ def bars(record: Row) -> str:
     held = [c for c in cells if c["methods"]["aged"]["covered"] >= 0.8]
     low = sorted({cases.GROUPS[c["group"]].label for c in cells if c not in held})
     lines = [
-        f"Over {record['results']['all']['windows']} windows of {record['results']['runs']} runs:",
+        f"Over {record['results']['all']['windows']} windows of {record['results']['runs']} runs ({record['tier']} tier"
+        + ("):" if record["data"] else "; without MNIST and KMNIST, which were not given):"),
         "",
         f"- The median relative error of **aged** is below the last value's in {len(less('aged'))} of {len(cells)} cells "
         f"(**auto**: {len(less('auto'))}); window by window it is {number(whole['aged']['ratio'])} of the last value's in "

@@ -7,7 +7,8 @@ truth is the same run's hypergradient there.  Digits: softmax regression and an 
 validation images, three learning rates, three seeds.  Groups: full batch; batches of 32; the same with 20 % random labels;
 Adam, full batch and batches of 32; KMNIST pooled to 14x14, MLP 196-64-10, batches of 64.
 
-Errors are norms relative to the truth's.  One thread; cost is the median of calls that alternate with the window's own 50
+Errors are norms relative to the truth's; "constant" is the control, one direction for all windows of a group, made from the
+true ones of its other runs.  One thread; cost is the median of calls that alternate with the window's own 50
 steps, tangents and hypergradients included, divided by the median of those.
 """
 
@@ -222,7 +223,8 @@ def show(found: dict[str, dict[str, Any]]) -> None:
         accepted = np.nan if s["error_accepted"] is None else s["error_accepted"]
         print(
             f"{name:26} {s['windows']:4} {e['krylov']:8.4f} {e['plain']:8.4f} {e['affine']:8.3f} {e['last']:8.3f} "
-            f"{s['sign']['krylov']:8.2f} {s['sign']['constant'] or np.nan:8.2f} {s['wins_against_affine']:8.2f} {s['accepted']:8.2f} {accepted:8.4f} "
+            f"{s['sign']['krylov']:8.2f} {s['sign']['constant'] or np.nan:8.2f} "
+            f"{s['wins_against_affine']:8.2f} {s['accepted']:8.2f} {accepted:8.4f} "
             f"{s['covered_twice']:8.2f} {s['cost_in_windows']:8.2f}"
         )
 

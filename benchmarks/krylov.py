@@ -7,7 +7,8 @@ truth is the same run's hypergradient there.  Digits: softmax regression and an 
 validation images, three learning rates, three seeds.  Groups: full batch; batches of 32; the same with 20 % random labels;
 Adam, full batch and batches of 32; KMNIST pooled to 14x14, MLP 196-64-10, batches of 64.
 
-Errors are norms relative to the truth's.  One thread; cost is the median of calls that alternate with the window's own 50
+Errors are norms relative to the truth's; "constant" is the control, one direction for all windows of a group, made from the
+true ones of its other runs.  One thread; cost is the median of calls that alternate with the window's own 50
 steps, tangents and hypergradients included, divided by the median of those.
 """
 

@@ -236,13 +236,13 @@ def defect(stage: Stage, way: Path, gradient: Array) -> tuple[float, float]:
 
 
 def moved(stage: Stage, there: State, model: Model) -> float:
-    """How far the preconditioner has moved by the stage's end, on the gradient's coordinates: half of it, for it was frozen
-    at the start and not in the middle."""
+    """How far the preconditioner has moved by the stage's end, on the gradient's coordinates: a quarter of it, for half is
+    the mean and the moves of several stages partly cancel."""
     if there.square is None:
         return 0.0
     force = stage.scale * stage.gradient
     change = preconditioner(there, model) / stage.preconditioner - 1
-    return 0.5 * float(np.linalg.norm(change * force)) / max(float(np.linalg.norm(force)), 1e-300)
+    return 0.25 * float(np.linalg.norm(change * force)) / max(float(np.linalg.norm(force)), 1e-300)
 
 
 def where(stage: Stage, way: Path, steps: int) -> Array:

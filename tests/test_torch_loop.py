@@ -479,6 +479,9 @@ def test_chunks_and_loops_give_the_same(settings, monkeypatch):
     whole = follow(mlp(), {"lr": log, "momentum": logit, "l2": log(1e-2)}).hypergradient().grad
     parts = follow(mlp(), {"lr": log, "momentum": logit, "l2": log(1e-2)}, **settings).hypergradient().grad
     np.testing.assert_allclose(parts, whole, rtol=1e-12)
+    monkeypatch.setattr("koopman_hpo_adapters._torch_forward.RULES", {})
+    parts = follow(mlp(), {"lr": log, "momentum": logit, "l2": log(1e-2)}, **settings).hypergradient().grad
+    np.testing.assert_allclose(parts, whole, rtol=1e-12)
     monkeypatch.setattr("koopman_hpo_adapters._torch_graph._SMALL", 0)
     hopt = follow(mlp(), {"lr": log, "momentum": logit, "l2": log(1e-2)})
     assert hopt.path == "looped double backward"

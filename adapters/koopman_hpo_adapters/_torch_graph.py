@@ -1,23 +1,28 @@
-"""Gradients and their tangents on a user's own PyTorch graph, by double backward."""
+"""Gradients and their tangents on a user's own PyTorch graph: forward over reverse, or double backward."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.autograd.function import BackwardCFunction, once_differentiable
-from torch.autograd.variable import Variable
+from torch.utils.hooks import RemovableHandle
 
 from koopman_hpo.errors import AdapterError
+
+from ._torch_forward import Columns, Walk
+from ._torch_rules import Unknown
 
 log = logging.getLogger("koopman_hpo")
 
 Grads = list[torch.Tensor | None]
-Rows = list[list[torch.Tensor]]  # q directions, one tensor an input or output
+FORWARD = "forward over reverse"
 BATCHED, LOOPED, DIFFERENCES = "batched double backward", "looped double backward", "central differences"
 _ONCE = once_differentiable(lambda *args: None).__code__  # what a function's backward becomes under this mark
+_ROOM = 2**24  # elements of all directions that forward over reverse pushes at a time: 128 MiB in float64
 _SMALL = 16_384  # q p up to which one batched call beats q calls: measured from 57 to 400,000 parameters, q = 1 to 30
 
 
@@ -33,68 +38,104 @@ class NotTwice(AdapterError):
 
 
 class Graph:
-    """Double backward on a loss graph: the derivative of `<gradient, along>` with respect to what the graph depends on.
+    """Derivatives on a loss graph: the gradient, and that of `<gradient, along>` for q directions.
 
     Attributes:
       inputs: the tuned model's parameters, then the loss hyperparameters.
-      path: how tangents were made last: one of the three names above, or "" while unknown.
+      path: how tangents were made last: one of the four names above, or "" while unknown.
+      handles: torch's count of hooks when the last step was taken.  A hook set since may act on the graph, which only
+        double backward sees.
     """
 
     def __init__(self, inputs: Sequence[torch.Tensor], chunk: int | None = None):
         self.inputs, self.path, self._chunk = tuple(inputs), "", chunk
+        self.handles = RemovableHandle.next_id
         self._one = torch.ones((), dtype=self.inputs[0].dtype, device=self.inputs[0].device)
         self._p, self._loops = sum(i.numel() for i in inputs), False
+        self._dtypes = {i.dtype for i in inputs}
 
-    def gradient(self, loss: torch.Tensor, also: Sequence[torch.Tensor] = (), *, double: bool) -> Grads:
-        """Gradients along `inputs` and `also`; None where the loss does not depend on one."""
+    def both(self, loss: torch.Tensor, along: Columns, out: Columns) -> Grads:
+        """Gradients along `inputs`; out[i] (q, *shape) <- tangents of that along inputs[i], for along[i] (q, *shape)."""
+        grads = self._forward(loss, along, out)
+        if grads is None:
+            grads = self.gradient(loss, double=True)
+            self.push(grads, along, self.inputs[: len(out)], out)
+        return grads
+
+    @torch.no_grad()
+    def _forward(self, loss: torch.Tensor, along: Columns, out: Columns) -> Grads | None:
+        """The same by forward over reverse, or None where that does not know the graph."""
+        if self.handles != RemovableHandle.next_id or self._dtypes != {loss.dtype}:
+            return None
+        n, grads = len(self.inputs), None
+        try:
+            walk = Walk(loss)
+            for into, moved in _pieces(self._chunk or max(1, _ROOM // (walk.width or 1)), out, along):
+                pulls = walk.ahead({id(i): m.to(i.dtype) for i, m in zip(self.inputs, moved, strict=True)})
+                grads = grads or self.gradient(loss, walk.edges, keep=True)
+                found = walk.back(pulls, grads[n:])
+                write(into, [found.get(id(i)) for i in self.inputs[: len(into)]])
+        except Unknown:
+            return None
+        except RuntimeError:
+            self.gradient(loss)  # raises with what to do, where the graph is at fault
+            raise
+        self.say(FORWARD)
+        return grads and grads[:n]
+
+    def settle(self) -> None:
+        """A step was taken: hooks set before act on no graph to come."""
+        self.handles = RemovableHandle.next_id
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Hooks set within are of a loss that no step takes."""
+        before = RemovableHandle.next_id
+        try:
+            yield
+        finally:
+            self.handles += RemovableHandle.next_id - before
+
+    def gradient(self, loss: torch.Tensor, also: Sequence[Any] = (), *, double: bool = False, keep: bool = False) -> Grads:
+        """Gradients along `inputs` and `also`, tensors or edges; None where the loss does not depend on one."""
         if double:
             _refuse_once(loss.grad_fn)
         one = self._one if loss.dtype == self._one.dtype else torch.ones_like(loss)
-        try:
-            grads = _pull((loss,), (one,), (*self.inputs, *also), double, double)
-        except RuntimeError as error:
-            raise AdapterError(f"HyperOptimizer.step: {_advice(str(error))}") from error
+        with _explained():
+            grads = _pull((loss,), (one,), (*self.inputs, *also), double or keep, double)
         for g in grads:
             if g is not None and g.layout != torch.strided:
                 raise AdapterError("HyperOptimizer.step: a gradient is sparse. Make the embedding with sparse=False.")
         return list(grads)
 
-    def push(self, grads: Grads, along: Rows, inputs: Sequence[torch.Tensor], out: Rows) -> None:
-        """out[j][i] <- derivative of `sum <grads, along[j]>` with respect to inputs[i], for each of q directions j.
+    def push(self, grads: Grads, along: Columns, inputs: Sequence[torch.Tensor], out: Columns) -> None:
+        """out[i] (q, *shape) <- derivatives of `sum <grads, along[:, j]>` with respect to inputs[i], by double backward.
 
         Raises:
           NotTwice: neither batched nor one by one.
         """
         kept = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        inputs, size = tuple(inputs), self._chunk or len(along)
         if not kept:
-            for row in out:
-                write(row, [None] * len(row))
+            write(out, [None] * len(out))
             return
-        if len(kept) < len(grads):
-            grads, along = [grads[i] for i in kept], [[row[i] for i in kept] for row in along]
-        for a in range(0, len(along), size):
-            self._second(tuple(grads), along[a : a + size], inputs, out[a : a + size])
+        outputs, along = tuple(grads[i] for i in kept), [along[i] for i in kept]
+        for into, moved in _pieces(self._chunk or len(along[0]), out, along):
+            moved = [m.to(g.dtype) for m, g in zip(moved, outputs, strict=True)]  # noqa: PLW2901 - half precision widened
+            self._second(outputs, moved, tuple(inputs), into)
 
-    def _second(self, outputs: Any, along: Rows, inputs: tuple[torch.Tensor, ...], out: Rows) -> None:
-        if not self._loops and len(along) * self._p <= _SMALL:
+    def _second(self, outputs: Any, along: Columns, inputs: tuple[torch.Tensor, ...], out: Columns) -> None:
+        if not self._loops and len(along[0]) * self._p <= _SMALL:
             batch: dict[str, Any] = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
             try:
-                stacks = (torch.stack(column) for column in zip(*along, strict=True))
-                columns = [c.to(g.dtype) for g, c in zip(outputs, stacks, strict=True)]
-                found = torch.autograd.grad(outputs, inputs, columns, **batch)
-                for j, row in enumerate(out):
-                    write(row, [None if f is None else f[j] for f in found])
+                write(out, torch.autograd.grad(outputs, inputs, along, **batch))
                 self.say(BATCHED)
                 return
             except RuntimeError as error:
                 log.info("torch: a layer has no batched double backward (%s)", str(error).splitlines()[0])
                 self._loops = True
         try:
-            for row, into in zip(along, out, strict=True):
-                if row[0].dtype != outputs[0].dtype:  # tangents in half precision: one direction at a time is widened
-                    row = [r.to(g.dtype) for r, g in zip(row, outputs, strict=True)]  # noqa: PLW2901
-                write(into, _pull(outputs, tuple(row), inputs, True, False))
+            for row, into in zip(_rows(along), _rows(out), strict=True):
+                write(into, _pull(outputs, row, inputs, True, False))
         except RuntimeError as error:
             raise NotTwice(str(error).splitlines()[0]) from error
         self.say(LOOPED)
@@ -107,8 +148,23 @@ class Graph:
 
 
 def _pull(outputs: Any, along: Any, inputs: Any, keep: bool, create: bool) -> tuple[torch.Tensor | None, ...]:
-    """`torch.autograd.grad` on tuples of tensors without its Python: a fifth of a small network's step."""
-    return Variable._execution_engine.run_backward(outputs, along, keep, create, inputs, True, accumulate_grad=False)
+    """`torch.autograd.grad`, None for an input that is not used."""
+    return torch.autograd.grad(outputs, inputs, along, retain_graph=keep, create_graph=create, allow_unused=True)
+
+
+def _pieces(size: int, *columns: Columns) -> Iterator[tuple[Columns, ...]]:
+    """Columns cut to so many directions."""
+    q = len(columns[0][0])
+    if size >= q:
+        yield columns
+    else:
+        for a in range(0, q, size):
+            yield tuple([c[a : a + size] for c in column] for column in columns)
+
+
+def _rows(columns: Columns) -> Iterator[tuple[torch.Tensor, ...]]:
+    """For each direction its tensors."""
+    return zip(*(c.unbind(0) for c in columns), strict=True)
 
 
 @torch.no_grad()
@@ -134,6 +190,15 @@ def _refuse_once(root: Any) -> None:
             function = node._forward_cls  # type: ignore[attr-defined]
             if getattr(function.backward, "__code__", None) is _ONCE:
                 raise NotTwice(f"{function.__name__} is marked once_differentiable.")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Within, what torch says of a graph is told with what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise AdapterError(f"HyperOptimizer.step: {_advice(str(error))}") from error
 
 
 def _advice(said: str) -> str:

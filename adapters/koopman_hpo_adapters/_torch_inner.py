@@ -85,6 +85,7 @@ class TorchInner(CoreInner):
                 loss = super().step(phi, batch, tangents=tangents)
         finally:
             self.drop()
+        self.losses.graph.settle()
         self.memory.touched(self._t)
         self.show(self.phi)
         return loss
@@ -133,6 +134,7 @@ class TorchInner(CoreInner):
         tensors = {k: torch.from_numpy(np.array(snapshot[k])) for k in self._own()}
         self.losses.restore([t for k, t in tensors.items() if k.startswith("random/")], tensors)
         self._part = None
+        self.losses.graph.settle()
         self.memory.touched(self._t)
         self.show(self.phi)
 

@@ -15,9 +15,10 @@ from koopman_hpo.errors import AdapterError
 from koopman_hpo.problem import Array
 
 from ._differences import along as differences
-from ._torch_graph import DIFFERENCES, Graph, NotTwice, Rows, log, write
-from ._torch_memory import Buffer, Memory, rows
-from ._torch_statistics import Statistics, strict
+from ._torch_forward import Columns
+from ._torch_graph import DIFFERENCES, Grads, Graph, NotTwice, log, write
+from ._torch_memory import Buffer, Memory, cut
+from ._torch_statistics import Seen, Statistics, strict
 
 _CALL = "HyperOptimizer"
 
@@ -63,12 +64,12 @@ class Losses:
 
     def __init__(self, source: Source, memory: Memory, hyper: dict[str, torch.Tensor], s: int, chunk: int | None):
         self._source, self._memory, self.hyper = source, memory, hyper
-        self.graph = Graph([*memory.params, *hyper.values()], chunk)
         self.statistics, self.share = Statistics(source.module, s), np.zeros(s)
+        self.graph = Graph([*memory.params, *hyper.values()], chunk)
         self._size = 0 if source.module is None else len(list(source.module.parameters()))
         self._rooms = {q: memory.room(q) for q in (0, s)}
         self._written: dict[str, tuple[bytes, int]] = {}
-        self._Z = rows(memory.Z, memory.shapes)
+        self._Z = cut(memory.Z, memory.shapes)
         self._math = self._differ = self._probing = self._looked = False
 
     # -- the world -----------------------------------------------------------------------------------------------------
@@ -147,10 +148,8 @@ class Losses:
             return self._by_graph(batch, None, room)
         if self._differ:
             return self._by_differences(batch, Z, dhyper, room)
-        along = self._Z if own else rows(self._memory.device.tensor(Z), self._memory.shapes)
-        if self.hyper:
-            moved = [_rows(dhyper[name], len(Z), h) for name, h in self.hyper.items()]
-            along = [[*row, *hyper] for row, *hyper in zip(along, *moved, strict=True)]
+        along = self._Z if own else cut(self._memory.device.tensor(Z), self._memory.shapes)
+        along = [*along, *(_column(dhyper[name], len(Z), h) for name, h in self.hyper.items())]
         before = self.world() if self._source.again(batch) and not self.graph.path else None
         try:
             return self._by_graph(batch, along, room)
@@ -173,28 +172,31 @@ class Losses:
         with torch.enable_grad(), kernel:
             return scalar(f"{_CALL}.step", self._source.train(batch))
 
-    def _by_graph(self, batch: Any, along: Rows | None, room: Buffer) -> Part:
-        """By double backward, or the gradient alone where along is None."""
+    def _by_graph(self, batch: Any, along: Columns | None, room: Buffer) -> Part:
+        """On the loss graph; the gradient alone where along is None."""
         n, loss = len(self._memory.params), self._loss(batch)
         seen = [] if along is None else self.statistics.take()
+        if along is None:
+            grads = self.graph.gradient(loss, double=self._probing)
+        elif seen:
+            grads = self._with_statistics(loss, seen, along, room.dG)
+        else:
+            grads = self.graph.both(loss, along, room.dG)
+        write(room.g, grads[:n])
+        return Part(self._memory.device.loss(loss), room, [g is not None for g in grads[:n]])
+
+    def _with_statistics(self, loss: torch.Tensor, seen: Sequence[Seen], along: Columns, out: Columns) -> Grads:
+        """The same through BatchNorm's running statistics."""
         moved, fixed = [c for c in seen if c.term is not None], [c for c in seen if c.term is None]
-        total = loss
         with torch.enable_grad():
             for call in moved:
-                total = total + call.term  # type: ignore[operator]
-        grads = self.graph.gradient(total, [c.zero for c in fixed], double=along is not None or self._probing)
-        write(room.g, grads[:n])
-        if along is not None:
-            into, inputs = room.dG, self._memory.params
-            news = [c.zero.new_empty((len(along), *c.zero.shape), requires_grad=False) for c in moved]
-            if seen:
-                inputs = [*inputs, *(c.zero for c in moved)]
-                into = [[*row, *(new[j] for new in news)] for j, row in enumerate(into)]
-                ways = [self.statistics.tangents[c.layer] for c in fixed]
-                along = [[*row, *(way[j] for way in ways)] for j, row in enumerate(along)]
-            self.graph.push(grads, along, inputs, into)
-            self.statistics.due(moved, news)
-        return Part(self._memory.device.loss(loss), room, [g is not None for g in grads[:n]])
+                loss = loss + call.term  # type: ignore[operator]
+        grads = self.graph.gradient(loss, [c.zero for c in fixed], double=True)
+        news = [c.zero.new_empty((len(along[0]), *c.zero.shape), requires_grad=False) for c in moved]
+        along = [*along, *(self.statistics.tangents[c.layer] for c in fixed)]
+        self.graph.push(grads, along, [*self._memory.params, *(c.zero for c in moved)], [*out, *news])
+        self.statistics.due(moved, news)
+        return grads
 
     def _by_differences(self, batch: Any, Z: Array, dhyper: Mapping[str, Array], room: Buffer) -> Part:
         if self.statistics.layers:
@@ -246,7 +248,7 @@ class Losses:
     def outer(self, batch: Any) -> tuple[float, Array, dict[str, Array]]:
         """The outer loss, its gradient (p,), and its direct derivatives; keeps `share`."""
         n = len(self._memory.params)
-        with self.statistics.apart(on=True):
+        with self.graph.apart(), self.statistics.apart(on=True):
             loss = self._outer_loss(batch)
             seen = self.statistics.take()
             grads = self.graph.gradient(loss, [c.zero for c in seen], double=False)
@@ -274,10 +276,10 @@ class Losses:
         """(n, p) Hessian of the outer loss at theta times each row of V (n, p)."""
         into = self._memory.room(len(V))
         try:
-            with self.elsewhere(theta, hyper, True):
-                grads = self.graph.gradient(self._outer_loss(batch), double=True)[: len(self._memory.params)]
-                along = rows(self._memory.device.tensor(V), self._memory.shapes)
-                self.graph.push(grads, along, self._memory.params, into.dG)
+            with self.graph.apart(), self.elsewhere(theta, hyper, True):
+                along = cut(self._memory.device.tensor(V), self._memory.shapes)
+                along = [*along, *(h.new_zeros((len(V), *h.shape)) for h in self.hyper.values())]
+                self.graph.both(self._outer_loss(batch), along, into.dG)
             return into.arrays[1]
         except NotTwice:
             put, read = self._memory.device.put, self._memory.device.read
@@ -293,7 +295,7 @@ def _value(value: Any, h: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(np.asarray(value, np.float64)).to(h.dtype)
 
 
-def _rows(tangents: Array, q: int, h: torch.Tensor) -> torch.Tensor:
+def _column(tangents: Array, q: int, h: torch.Tensor) -> torch.Tensor:
     """(q, *shape) tangents of a loss hyperparameter in its dtype."""
     rows = torch.as_tensor(np.array(tangents), dtype=h.dtype).reshape(q, *h.shape)
     return rows.to(h.device, non_blocking=True)

@@ -26,18 +26,13 @@ class Buffer:
     """Room for a gradient and q tangents: `flat` (1 + q, p) on a device, and views of it.
 
     Attributes:
-      g, dG: the gradient and its q tangents in the parameters' shapes.  arrays: both, as the kernels take them.
+      g, dG: the gradient and its tangents (q, *shape) in the parameters' shapes.  arrays: both, as the kernels take them.
     """
 
     def __init__(self, device: Device, shapes: list[torch.Size], q: int, dtype: torch.dtype):
         self.flat = torch.empty((1 + q, sum(s.numel() for s in shapes)), dtype=dtype, device=device.place)
-        self.g, *self.dG = rows(self.flat, shapes)
+        self.g, self.dG = cut(self.flat[0], shapes), cut(self.flat[1:], shapes)
         self.arrays = device.view(self.flat[0]), device.view(self.flat[1:])
-
-
-def rows(flat: torch.Tensor, shapes: list[torch.Size]) -> list[list[torch.Tensor]]:
-    """For each row of flat (n, p) its views in these shapes."""
-    return [cut(row, shapes) for row in flat]
 
 
 def cut(flat: torch.Tensor, shapes: list[torch.Size]) -> list[torch.Tensor]:
@@ -110,8 +105,7 @@ class Memory:
 
     def touched(self, t: int) -> None:
         """The parameters were written to: a loss graph made before is refused by torch's backward."""
-        for p in self.params:
-            torch.autograd.graph.increment_version(p)
+        torch.autograd.graph.increment_version(self.params)
         self._versions = [p._version for p in self.params]
         self.even = bool((self.counts == t).all())
 

@@ -1,8 +1,8 @@
 """PyTorch: tune the hyperparameters of torch's own optimizers in a training loop of one's own.
 
 `hopt = HyperOptimizer(opt, tune=("lr", "momentum"), val_loss=val_loss, steps=T)`, then `hopt.step(loss)` in place of
-zero_grad, backward and step.  Tangents come from double backward on the user's own loss graph.  `inner` makes an `Inner`
-for `koopman_hpo.Tuner` and the exact tools, where the losses are functions of a batch.
+zero_grad, backward and step.  Tangents come from the user's own loss graph, by forward over reverse or double backward.
+`inner` makes an `Inner` for `koopman_hpo.Tuner` and the exact tools, where the losses are functions of a batch.
 
 A parameter that a step does not use is skipped, as torch does.  BatchNorm's running statistics are part of the state and
 have tangents; other buffers that a model changes count as constants.  Parameters live on the CPU, or on one CUDA device,

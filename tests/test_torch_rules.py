@@ -76,7 +76,7 @@ LOSSES = {
     "product with itself": ([(5, 4)], lambda x: (x * x).sum()),
     "product with a scalar": ([(5, 4), ()], lambda x, a: bent(a * x) + a * 2),
     "sum of two": ([(5, 4), (4,), (5, 1)], lambda x, y, z: bent(torch.add(x, y, alpha=2) + z)),
-    "sum with constants": ([(4,)], lambda y: bent(X + y) + bent(y + 1)),
+    "sum with constants": ([(4,)], lambda y: bent((X + y).sum(0)) + bent(y + 1)),
     "difference": ([(5, 4), (4,)], lambda x, y: bent(torch.sub(x, y, alpha=3)) + bent(-y) + bent(1 - y)),
     "quotient": ([(5, 4)], lambda x: bent(x / (X * X + 1)) + bent(x / 3) + (x / torch.arange(1, 5)).sum()),
     "quotient of two": ([(5, 4), (4,)], lambda x, y: bent(torch.tanh(x) / (y * y + 1))),
@@ -166,6 +166,16 @@ def test_a_rule_agrees_with_double_backward(name):
 def test_what_has_no_rule_goes_by_double_backward(name):
     shapes, loss_of = REFUSED[name]
     assert check(loss_of, leaves(*shapes)) not in ("", FORWARD)
+
+
+def test_a_loss_of_another_dtype_goes_by_double_backward():
+    weight = leaves((3, 4))[0].detach().float().requires_grad_()
+    graph, along = Graph([weight]), columns([weight])
+    out = [torch.zeros_like(along[0])]
+    graph.both(bent(F.linear(X.float(), weight) * fixed(5, 3)), along, out)
+    _, tangents = by_double_backward(bent(F.linear(X.float(), weight) * fixed(5, 3)), [weight], along)
+    torch.testing.assert_close(out, tangents)
+    assert graph.path not in ("", FORWARD)
 
 
 def test_every_rule_is_tried():

@@ -88,8 +88,8 @@ def _in_order(root: Any) -> list[Any]:
 
 
 def _inputs(node: Any) -> list[Any]:
-    """The nodes that a node depends on; raises Unknown where one of these has several outputs, or it has no rule."""
-    kind, inputs = type(node).__name__, node.next_functions
-    if (kind not in RULES and kind != "AccumulateGrad") or any(nr for _, nr in inputs):
+    """The nodes that a node depends on; raises Unknown where it has no rule."""
+    kind = type(node).__name__
+    if kind not in RULES and kind != "AccumulateGrad":
         raise Unknown
-    return [f for f, _ in inputs if f is not None]
+    return [f for f, _ in node.next_functions if f is not None]

@@ -4,8 +4,10 @@ A rule takes a node and its inputs' tangents, (q, *shape) each or None for what 
   push() -> the tangent of its output,
   pull(g, dg) -> the tangents of its inputs' adjoints, from its output's adjoint g and the tangent dg of that (None: zero).
 For `y = f(x)`, adjoint `f'(x)^T g`, these are `f'(x) dx` and `f'(x)^T dg + (f''(x) dx)^T g`; a linear node lacks the
-second part and does not ask for g.  All q directions pass at once: a weight's as more output features, an input's as more
-examples.  So the examples lie outermost in memory, though q is the first dimension everywhere.
+second part and does not ask for g.  Nodes that have rules have one output.
+
+All q directions pass at once: a weight's as more output features, an input's as more examples.  So the examples lie
+outermost in memory, though q is the first dimension everywhere.
 
 Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
 """
@@ -339,8 +341,6 @@ def _weighted(name: str, weights: Callable[[Any], Sequence[Any]]) -> None:
 
     def rule(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
         times, shape = weights(node), _shape(node)
-        if any(d is not None for d in moved[len(times) :]):
-            raise Unknown
 
         def push() -> torch.Tensor:
             terms = [by(_lift(d, len(shape))) for d, by in zip(moved, times, strict=False) if d is not None]

@@ -16,6 +16,12 @@ def several(batches: Any) -> bool:
     return isinstance(batches, Iterable) and not isinstance(batches, tuple | dict | str | bytes | np.ndarray)
 
 
+def expect(call: str, batches: Any) -> None:
+    """Refuse what is no list or iterator of batches."""
+    if not several(batches):
+        raise ShapeError(f"{call}: batches must be a list or an iterator of batches, got {type(batches).__name__}.")
+
+
 def source(call: str, name: str, batches: Any) -> Callable[[int], Any]:
     """Batches by number, from a callable, a list or an iterable."""
     if callable(batches) and not isinstance(batches, Iterable):

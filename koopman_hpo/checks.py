@@ -155,6 +155,14 @@ def count(call: str, name: str, n: int | None) -> int | None:
     return None if n is None else whole(call, name, n)
 
 
+def directions(call: str, n: int | None, q: int) -> int | None:
+    """How many random directions stand for all q; None for none."""
+    s = count(call, "directions", n)
+    if s is not None and s > q:
+        raise HyperparameterError(f"{call}: directions must be at most q = {q}, got {s}.")
+    return s
+
+
 def seed(call: str, value: Any) -> int:
     return whole(call, "seed", value, 0)
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import checks, devices, snapshots, tangent
-from .batches import several
-from .errors import AdapterError, HyperparameterError, ShapeError, nearest
+from .batches import expect
+from .errors import AdapterError, HyperparameterError, nearest
 from .hyperparameters import Point, Space
 from .kernels.arrays import Coefficients, Grads, TangentState
 from .optimizers import Dual, Rule
@@ -90,9 +90,7 @@ class CoreInner:
         self._fixed = checks.fixed(call, rule, space, fixed, len(self._groups), problem.params.dtype)
         checks.domains(call, rule, space, len(self._groups), problem.params.dtype)
         self._chunk = checks.count(call, "chunk", chunk)
-        self._s = checks.count(call, "directions", directions)
-        if self._s is not None and self._s > space.q:
-            raise HyperparameterError(f"{call}: directions must be at most q = {space.q}, got {directions}.")
+        self._s = checks.directions(call, directions, space.q)
         self._rng = np.random.default_rng(checks.seed(call, seed))
         self.phi = space.phi0.copy()
         self._t = 0
@@ -195,8 +193,7 @@ class CoreInner:
           losses (n,) before each step, and the trajectory H (n // every, q).
         """
         every = checks.count("inner.run", "every", every) or 1
-        if not several(batches):
-            raise ShapeError(f"inner.run: batches must be a list or an iterator of batches, got {type(batches).__name__}.")
+        expect("inner.run", batches)
         losses, H = [], []
         for n, batch in enumerate(batches, 1):
             losses.append(self.step(phi, batch))
@@ -293,11 +290,9 @@ class CoreInner:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _draw(self) -> None:
-        """Fresh random directions: orthogonal rows of length sqrt(q), so that `D^T D / s` has the identity as its mean."""
+        """Fresh random directions, if any."""
         if self._s is not None:
-            basis = np.linalg.qr(self._rng.normal(size=(self.space.q, self._s)))[0]
-            signs = self._rng.choice([-1.0, 1.0], self._s)
-            self.directions = math.sqrt(self.space.q) * (basis * signs).T.copy()
+            self.directions = tangent.directions(self._rng, self.space.q, self._s)
             self._cache = None
 
     def _prepare(self, phi: ArrayLike) -> _Cache:

@@ -118,9 +118,9 @@ class TestInner(Conformance):
 
     def inner(self, model, optimizer, space, dtype):
         train, val = model.losses(jnp)
-        theta, optax_of = model.params(dtype), ON_DIGITS if model.name == "digits" else OPTAX
-        if optimizer.name in optax_of:
-            step = adapter.train_step(train, optax_of[optimizer.name])
+        theta = model.params(dtype)
+        if optimizer.name in OPTAX:
+            step = adapter.train_step(train, OPTAX[optimizer.name])
             state, params = step.init(jnp.asarray(theta), space), lambda state: state.params
         else:
             rule = {"sgd": sgd, "adagrad": adagrad}[optimizer.name]
@@ -132,12 +132,6 @@ class TestInner(Conformance):
 
         at = lambda loss: lambda state, hyper, batch: loss(params(state), hyper, batch)
         return adapter.inner(step, at(val), state, space, params=params, loss=at(train))
-
-
-ON_DIGITS = {
-    "sgd": lambda h: optax.sgd(h["lr"], h["momentum"]),
-    "adam": lambda h: optax.adam(h["lr"], b2=h["beta2"]),
-}
 
 
 # -- a model with everything in its state ------------------------------------------------------------------------------
@@ -180,9 +174,9 @@ def noisy_state(dtype=np.float64, key=None):
     return {"params": params, "velocity": still, "mean": np.zeros(3, dtype), "key": key, "steps": 0}
 
 
-def noisy(space=SPACE, **options):
+def noisy(space=SPACE, along=None, **options):
     params = lambda state: state["params"]
-    return adapter.inner(noisy_step, noisy_val, noisy_state(**options), space, params=params)
+    return adapter.inner(noisy_step, noisy_val, noisy_state(**options), space, params=params, directions=along, seed=5)
 
 
 def data(seed, dtype=np.float64, n=8):
@@ -310,6 +304,67 @@ def test_nothing_of_the_size_of_the_model_crosses_in_a_window_or_on_the_way_back
     with jax.transfer_guard_host_to_device("disallow"):
         run.step(run.space.phi0, batches[0])  # nothing goes there either, unless phi has moved
         run.hypergradient(val)
+
+
+# -- random directions -------------------------------------------------------------------------------------------------
+
+
+def test_random_directions_project_the_exact_hypergradient():
+    exact, few = noisy(), noisy(along=2)
+    for batch in BATCHES:
+        exact.step(SPACE.phi0, batch)
+        few.step(SPACE.phi0, batch)
+    D = few.directions
+    assert D.shape == (2, 4)
+    np.testing.assert_allclose(D @ D.T, 4 * np.eye(2), atol=1e-12)
+    np.testing.assert_allclose(few.tangents, D @ exact.tangents, rtol=1e-10, atol=1e-13)
+    # what goes through the parameters is projected; keep's own part of the outer loss is not
+    direct = SPACE.gradient(SPACE.phi0, np.ones(4))["keep"] ** -1 * 0.01 * np.eye(4)[2]
+    want = (exact.hypergradient(VAL).grad - direct) @ D.T @ D / 2 + direct
+    np.testing.assert_allclose(few.hypergradient(VAL).grad, want, rtol=1e-10, atol=1e-13)
+
+
+def test_as_many_random_directions_as_hyperparameters_span_all():
+    exact, all_of_them = noisy(), noisy(along=4)
+    for run in (exact, all_of_them):
+        _, H = run.run(SPACE.phi0, BATCHES, VAL, every=3)
+        assert H.shape == (4, 4)
+    want = exact.hypergradient(VAL).grad
+    np.testing.assert_allclose(all_of_them.hypergradient(VAL).grad, want, rtol=1e-10)
+
+
+def test_random_directions_are_drawn_afresh_with_the_past_and_kept_by_a_snapshot():
+    one, two = noisy(along=2), noisy(along=2)
+    first = one.directions.copy()
+    assert np.array_equal(first, two.directions)
+    one.step(SPACE.phi0, BATCHES[0])
+    one.forget(0.5)
+    assert np.array_equal(one.directions, first)
+    one.forget(0)
+    assert not np.array_equal(one.directions, first)
+    two.restore(one.snapshot())
+    for run in (one, two):
+        run.run(SPACE.phi0, BATCHES, VAL)
+        run.forget(0)
+    assert np.array_equal(one.directions, two.directions)
+    for run in (one, two):
+        run.run(SPACE.phi0, BATCHES, VAL)
+    assert np.array_equal(one.hypergradient(VAL).grad, two.hypergradient(VAL).grad)
+    with pytest.raises(ShapeError, match="this run follows all q"):
+        noisy().restore(noisy(along=4).snapshot())
+
+
+def test_a_window_of_one_batch_by_mistake_is_refused():
+    run = noisy()
+    for batches in (None, VAL):
+        with pytest.raises(ShapeError, match="batches must be a list or an iterator"):
+            run.run(SPACE.phi0, batches, VAL)
+
+
+@pytest.mark.parametrize(("along", "said"), [(0, "directions"), (5, "at most q = 4, got 5"), (1.5, "directions")])
+def test_impossible_directions_are_refused(along, said):
+    with pytest.raises(HyperparameterError, match=said):
+        noisy(along=along)
 
 
 # -- windows -----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ class Carry(NamedTuple):
 
     state: Any  # the user's pytree
     tangents: Any  # the same tree with leaves (q, *shape); None where a leaf is not real: counters, keys
+    directions: Any = None  # (s, q) that s tangents follow in place of all q
 
 
 class Point(NamedTuple):
@@ -31,9 +32,11 @@ class Point(NamedTuple):
     seeds: dict[str, Any]  # {name: (q,) or (q, n)} d value / d phi
 
 
-def init(state: Any, q: int) -> Carry:
-    """The start: the state, a pytree of arrays, and zero tangents along q directions."""
-    return Carry(state, jax.tree.map(lambda x: jnp.zeros((q, *x.shape), x.dtype) if real(x) else None, state))
+def init(state: Any, q: int, directions: Any = None) -> Carry:
+    """The start: the state, a pytree of arrays, and zero tangents; along q directions, or the rows of `directions` (s, q),
+    random ones whose `D^T D / s` has the identity as its mean."""
+    q = q if directions is None else len(directions)
+    return Carry(state, jax.tree.map(lambda x: jnp.zeros((q, *x.shape), x.dtype) if real(x) else None, state), directions)
 
 
 def point(space: Space, phi: ArrayLike, t: int = 0, dtype: Any = None) -> Point:
@@ -68,8 +71,10 @@ def step(train_step: Callable[..., Any], carry: Carry, at: Point, batch: Any) ->
     def along(z: Any, dhyper: Any) -> Any:
         return jax.jvp(rooted(advance), (floats, at.hyper), (z, dhyper), has_aux=True)
 
-    moved, Z, (other, loss) = jax.vmap(along, out_axes=(None, 0, None))(Z, at.seeds)
-    return Carry(join(moved, other, tree), jax.tree.unflatten(structure, Z)), loss
+    D = carry.directions
+    seeds = at.seeds if D is None else {name: _project(D, x) for name, x in at.seeds.items()}
+    moved, Z, (other, loss) = jax.vmap(along, out_axes=(None, 0, None))(Z, seeds)
+    return Carry(join(moved, other, tree), jax.tree.unflatten(structure, Z), D), loss
 
 
 def hypergradient(val_loss: Callable[..., Any], carry: Carry, at: Point, batch: Any) -> tuple[Any, Any]:
@@ -77,10 +82,15 @@ def hypergradient(val_loss: Callable[..., Any], carry: Carry, at: Point, batch: 
     floats, rest, tree = split(carry.state)
     value_of = lambda floats, hyper: scalar("val_loss", val_loss(join(floats, rest, tree), Hyper(hyper), batch))
     value, (dE, direct) = jax.value_and_grad(value_of, argnums=(0, 1))(floats, at.hyper)
-    through = [_rows(z, d) for z, d in zip(jax.tree.leaves(carry.tangents), dE, strict=True)]
-    return value, sum([*through, *(_rows(at.seeds[name], direct[name]) for name in at.seeds)])
+    h = sum(_rows(z, d) for z, d in zip(jax.tree.leaves(carry.tangents), dE, strict=True))
+    h = h if carry.directions is None else _project(h, carry.directions) / len(carry.directions)
+    return value, h + sum(_rows(at.seeds[name], direct[name]) for name in at.seeds)
 
 
 def _rows(A: Any, a: Any) -> Any:
     """(q,) inner products of each A[j] with a."""
-    return jnp.dot(A.reshape(len(A), -1), a.ravel(), precision="highest")
+    return _project(A.reshape(len(A), -1), a.ravel())
+
+
+def _project(a: Any, b: Any) -> Any:
+    return jnp.dot(a, b, precision="highest")

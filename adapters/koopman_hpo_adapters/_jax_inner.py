@@ -13,7 +13,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpy.typing import ArrayLike, NDArray
 
-from koopman_hpo import checks, snapshots
+from koopman_hpo import checks, snapshots, tangent
+from koopman_hpo.batches import expect
 from koopman_hpo.errors import AdapterError, HyperparameterError, ShapeError
 from koopman_hpo.hyperparameters import Space
 from koopman_hpo.problem import Array, Hypergradient, Linearisation
@@ -35,6 +36,8 @@ def inner(
     *,
     params: Callable[[Any], Any] | None = None,
     loss: Callable[..., Any] | None = None,
+    directions: int | None = None,
+    seed: int = 0,
 ) -> JaxInner:
     """A pure training step as an `Inner`: for `Tuner`, the exact tools and checkpoints.
 
@@ -49,13 +52,15 @@ def inner(
         default: all of it.
       loss: `(state, hyper, batch) -> scalar`, the inner loss; only `linearise` needs it; default: that of a step made by
         `train_step`.
+      directions: random tangent directions in place of all q, an unbiased estimate; seed: of them.
 
     Raises:
+      HyperparameterError: space is none, more directions than hyperparameters.
       AdapterError: a function is not callable, the state has no real leaf or a complex one, or params picks none of its
         leaves; later, from a call: train_step returns another tree, shapes or dtypes, a loss is no scalar, or the
         loss is not finite at the first step.
     """
-    return JaxInner(train_step, val_loss, state, space, params=params, loss=loss)
+    return JaxInner(train_step, val_loss, state, space, params=params, loss=loss, directions=directions, seed=seed)
 
 
 class JaxInner:
@@ -64,9 +69,10 @@ class JaxInner:
     Attributes:
       space: what is tuned.  t: inner steps taken.  phi: (q,) the hyperparameters of the last step.
       state: the user's pytree as it stands.  carry: the same as a flat list of arrays, with its tangents.
+      directions: None, or (s, q) the random directions that the s tangents follow.
     """
 
-    def __init__(self, train_step, val_loss, state, space, *, params=None, loss=None):
+    def __init__(self, train_step, val_loss, state, space, *, params=None, loss=None, directions=None, seed=0):
         if not isinstance(space, Space):
             raise HyperparameterError(f"jax.inner: space must be a Space, got {type(space).__name__}.")
         for name, function in (("train_step", train_step), ("val_loss", val_loss), ("params", params), ("loss", loss)):
@@ -80,8 +86,12 @@ class JaxInner:
         loss = train_step.loss_at if loss is None and isinstance(train_step, TrainStep) else loss
         self._train, self._val, self._loss = lift(train_step), lift(val_loss), None if loss is None else lift(loss)
         self.space, self._t, self.phi = space, 0, space.phi0.copy()
-        self.carry = init(arrays, space.q)
+        self._s = checks.directions("jax.inner", directions, space.q)
+        self._rng = np.random.default_rng(checks.seed("jax.inner", seed))
+        self.directions: Array | None = None
         self._dtype = np.float64 if any(x.dtype == np.float64 for x in arrays) else np.float32
+        self._draw()
+        self.carry = init(arrays, space.q, self._along())
         self._where, self._unravel = self._select(params)
         self._cache: tuple[tuple[bytes, int], Point] | None = None
 
@@ -108,8 +118,6 @@ class JaxInner:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    directions = None  # every tangent is carried
-
     @property
     def t(self) -> int:
         return self._t
@@ -126,8 +134,8 @@ class JaxInner:
 
     @property
     def tangents(self) -> Array:
-        """(q, p): a copy of d params / d phi."""
-        return np.concatenate([np.asarray(z).reshape(self.space.q, -1) for z in self._Z()], axis=1)
+        """(q, p), or (s, p) along random directions: a copy of d params / d phi."""
+        return np.concatenate([np.asarray(z).reshape(len(z), -1) for z in self._Z()], axis=1)
 
     def unravel(self, params: ArrayLike) -> Any:
         """The subtree that `params` (p,) was made of: `run.unravel(result.params)` is the trained model."""
@@ -188,6 +196,7 @@ class JaxInner:
           losses (n,) before each step, and n // every hypergradients.
         """
         every = checks.count("jax.inner.run", "every", every) or 1
+        expect("jax.inner.run", batches)
         losses: list[float] = []
         found: list[Hypergradient] = []
         before, batches = (self.carry, self._t, self.phi), iter(batches)
@@ -237,13 +246,15 @@ class JaxInner:
         return each.ravel().tolist(), found
 
     def forget(self, rho: float) -> None:
-        """Scale the tangents, of the slots too, by 0 <= rho <= 1."""
+        """Scale the tangents, of the slots too, by 0 <= rho <= 1.  At 0 random directions, if any, are drawn afresh."""
         if not (isinstance(rho, int | float | np.number) and 0 <= rho <= 1):
             raise HyperparameterError(f"jax.inner.forget: rho must lie in [0, 1], got {rho!r}.")
         scale = (
             jnp.zeros_like if rho == 0 else lambda z: z * jnp.asarray(rho, z.dtype)
         )  # zero where the past is not finite too
-        self.carry = self.carry._replace(tangents=jax.tree.map(scale, self.carry.tangents))
+        if rho == 0:
+            self._draw()
+        self.carry = self.carry._replace(tangents=jax.tree.map(scale, self.carry.tangents), directions=self._along())
 
     def snapshot(self) -> dict[str, NDArray]:
         """Everything that a resumed run needs, as plain arrays; PRNG keys by their data."""
@@ -253,7 +264,10 @@ class JaxInner:
         """A snapshot of JAX's own arrays, where they are, with nothing copied: to go back to, and not for files."""
         out = {f"state/{i}": kept(x) for i, x in enumerate(self.carry.state)}
         out |= {f"Z/{i}": kept(z) for i, z in enumerate(self.carry.tangents) if z is not None}
-        return out | {"t": np.array(self.t), "phi": self.phi.copy()}
+        out |= {"t": np.array(self.t), "phi": self.phi.copy()}
+        if self.directions is None:
+            return out
+        return out | {"directions": self.directions.copy(), "rng": snapshots.stored(self._rng)}
 
     def mark_params(self) -> Any:
         """`params` where they are."""
@@ -266,10 +280,14 @@ class JaxInner:
           ShapeError: it lacks an array or holds one of another shape or dtype; the run is then as before.
         """
         snapshots.check("jax.inner.restore", snapshot, self.mark())
-        state, Z = self.carry
+        state, Z, _ = self.carry
         state = [loaded(snapshot[f"state/{i}"], x) for i, x in enumerate(state)]
         Z = [None if z is None else loaded(snapshot[f"Z/{i}"], z) for i, z in enumerate(Z)]
-        self.carry, self._t, self.phi = Carry(state, Z), int(snapshot["t"]), np.array(snapshot["phi"])
+        if self.directions is not None:
+            rng = snapshots.generator("jax.inner.restore", snapshot["rng"])
+            self.directions, self._rng = np.array(snapshot["directions"]), rng
+        self.carry = Carry(state, Z, self._along())
+        self._t, self.phi = int(snapshot["t"]), np.array(snapshot["phi"])
 
     def linearise(self, batch: Any, val_batch: Any = None) -> Linearisation:
         """Gradients and Hessian-vector products by the parameters, of the inner loss on `batch` and of the outer loss on
@@ -308,6 +326,14 @@ class JaxInner:
             at = point(self.space, phi, t, self._dtype)
             self._cache = (key, at if self.space.scheduled else jax.device_put(at))  # what stays crosses once
         return phi, self._cache[1]
+
+    def _draw(self) -> None:
+        """Fresh random directions, if any."""
+        if self._s is not None:
+            self.directions = tangent.directions(self._rng, self.space.q, self._s)
+
+    def _along(self) -> Any:
+        return None if self.directions is None else jnp.asarray(self.directions, self._dtype)
 
     def _accept(self, phi: Array, carry: Carry, n: int, loss: float) -> None:
         if self._t == 0 and not math.isfinite(loss):

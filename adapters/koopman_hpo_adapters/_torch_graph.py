@@ -118,7 +118,8 @@ class Graph:
         if not kept:
             write(out, [None] * len(out))
             return
-        outputs, along = tuple(grads[i] for i in kept), [along[i] for i in kept]
+        outputs: tuple[Any, ...] = tuple(grads[i] for i in kept)
+        along = [along[i] for i in kept]
         for into, moved in _pieces(self._chunk or len(along[0]), out, along):
             moved = [m.to(g.dtype) for m, g in zip(moved, outputs, strict=True)]  # noqa: PLW2901 - half precision widened
             self._second(outputs, moved, tuple(inputs), into)

@@ -249,10 +249,18 @@ def digits(steps: int = 200) -> Model:
     return Model("digits", _by_label(mlp(sizes)), *_network(sizes, False), {"l2": log(1e-3)}, data, val)
 
 
-_ON_DIGITS = (
-    Optimizer("sgd", "sgd", {}, {"lr": log(0.1), "momentum": logit(0.9)}),
-    Optimizer("adam", "adam", {}, {"lr": log(1e-3), "beta2": logit(0.99)}),
-)
+_RMS_DIGITS = {"lr": log(1e-3), "alpha": logit(0.95), "momentum": logit(0.5), "weight_decay": log(1e-3)}
+_BETAS_DIGITS = {"lr": log(1e-3), "beta1": logit(0.9), "beta2": logit(0.99), "eps": log(1e-3), "weight_decay": log(1e-3)}
+_TUNED_ON_DIGITS = {  # lion is left out: its signs flip on rounding
+    "sgd": {"lr": log(0.1), "momentum": logit(0.9), "dampening": logit(0.2), "weight_decay": log(1e-3)},
+    "nesterov": {"lr": log(0.1), "momentum": logit(0.9), "weight_decay": log(1e-3)},
+    "adam": _BETAS_DIGITS,
+    "adamw": _BETAS_DIGITS,
+    "rmsprop": {**_RMS_DIGITS, "eps": log(1e-2)},
+    "centered": {**_RMS_DIGITS, "eps": log(1e-1)},
+    "adagrad": {"lr": log(0.05), "lr_decay": log(1e-2), "eps": log(1e-2), "weight_decay": log(1e-3)},
+}
+_ON_DIGITS = tuple(replace(OPTIMIZERS[name], tuned=tuned) for name, tuned in _TUNED_ON_DIGITS.items())
 
 
 # -- the suite ---------------------------------------------------------------------------------------------------------
@@ -385,12 +393,13 @@ class Conformance:
         for case in _ON_DIGITS if self.on_digits else ():
             toy = digits()
             space = toy.space(case)
-            for dtype, rtol in ((DOUBLE, 1e-10), (SINGLE, 1e-4))[: 1 + (self.single and case.name == "sgd")]:
+            for dtype, rtol in ((DOUBLE, 1e-10), (SINGLE, 1e-4))[: 1 + self.single]:
                 run = self.inner(toy, case, space, dtype)
                 if run is not None:
                     want = _on_digits(case.name)
                     found = hypergradient(run, toy.batches(dtype), toy.val_batch(dtype)).grad
-                    np.testing.assert_allclose(found, want, rtol=rtol, err_msg=f"{case.name}, {dtype}")
+                    tiny = 0.1 * rtol * np.abs(want).max()
+                    np.testing.assert_allclose(found, want, rtol=rtol, atol=tiny, err_msg=f"{case.name}, {dtype}")
 
     def test_agrees_with_central_differences(self) -> None:
         run, toy, _ = self._run("mlp", "adam")

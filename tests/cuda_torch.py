@@ -332,17 +332,37 @@ class Layers(nn.Module):
         return self.out(self.drop(self.group(x.flatten(1))))
 
 
+class Plain(nn.Module):
+    """Every layer has a rule of its own for tangents."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out, self.still = nn.Conv2d(1, 2, 3), nn.Linear(8, 3), nn.Linear(3, 3)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        x = F.avg_pool2d(F.max_pool2d(F.relu(self.conv(x)), 3, 1), 1).flatten(1)
+        return torch.sigmoid(self.still(F.gelu(self.out(self.drop(torch.tanh(x))))) / 2) ** 2
+
+
 @pytest.mark.parametrize("directions", [None, 2])
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
-def test_a_step_reads_nothing_and_mixes_nothing(monkeypatch, kind, directions):
+@pytest.mark.parametrize(
+    ("make", "kind", "path"),
+    [
+        (Layers, torch.optim.SGD, "batched double backward"),
+        (Layers, torch.optim.Adam, "batched double backward"),
+        (Plain, torch.optim.Adam, "forward over reverse"),
+    ],
+)
+def test_a_step_reads_nothing_and_mixes_nothing(monkeypatch, make, kind, path, directions):
     monkeypatch.setattr(_torch_device, "of", Unreadable)
     monkeypatch.setattr(_torch_checks, "_PLACES", ("meta",))
     with torch.device("meta"):
-        net, x, y, weights = Layers(), torch.randn(2, 1, 6, 6), torch.zeros(2, dtype=torch.long), torch.ones(3)
+        net, x, y, weights = make(), torch.randn(2, 1, 6, 6), torch.zeros(2, dtype=torch.long), torch.ones(3)
     p = sum(w.numel() for w in net.parameters())
     monkeypatch.setattr(_torch_memory.Memory, "flat", lambda self: np.zeros(p, np.float32))  # wrapping reads them once
-    for name in ("mark", "snapshot"):  # the tuner's, once a window
-        monkeypatch.setattr(TorchInner, name, lambda self: {})
+    for copied in ("snapshot", "mark"):  # the tuner's, at the start
+        monkeypatch.setattr(TorchInner, copied, lambda self: {})
     monkeypatch.setattr(_torch_losses.Losses, "world", lambda self: None)  # of the first step
     space = Space(lr=log([0.1, 0.01], knots=(0, 10)), l2=log(1e-3), weights=log([1.0, 1.0, 1.0]))
     more = {"clip_norm": 1.0, "directions": directions, "guard": None, "strategy": Local()}
@@ -374,7 +394,7 @@ def test_a_step_reads_nothing_and_mixes_nothing(monkeypatch, kind, directions):
         assert isinstance(lost, torch.Tensor)
         assert lost.device.type == "meta"
     assert Unreadable.launched == [kind.__name__.lower()] * 4
-    assert hopt.path == "batched double backward"
+    assert hopt.path == path
 
 
 @pytest.mark.parametrize("read", [float, bool, torch.Tensor.cpu, torch.Tensor.numpy, lambda a: a + torch.ones(3)])

@@ -259,6 +259,53 @@ def test_half_precision_weights_are_saved_by_their_bits():
     assert (run.state["w"] == 1).all()
 
 
+class Counting:
+    """NumPy, with a note of how large the JAX arrays are that it brings to the host."""
+
+    def __init__(self, crossed):
+        self._crossed = crossed
+
+    def __getattr__(self, name):
+        function = getattr(np, name)
+        if name not in ("array", "asarray", "concatenate", "stack", "linalg"):
+            return function
+
+        def counted(x, *args, **more):
+            self._crossed += [y.size for y in jax.tree.leaves(x) if isinstance(y, jax.Array)]
+            return function(x, *args, **more)
+
+        return counted
+
+
+@pytest.mark.parametrize("loss", [1.0, np.nan], ids=["online", "rolled back"])
+def test_nothing_of_the_size_of_the_model_crosses_in_a_window_or_on_the_way_back(monkeypatch, loss):
+    crossed, kind = [], type(jnp.zeros(1))
+    value = kind._value  # behind float(x), x.tolist(), jax.device_get(x)
+    monkeypatch.setattr(kind, "_value", property(lambda x: crossed.append(x.size) or value.__get__(x)))
+    for module in (_jax_inner, _jax_tree, snapshots):
+        monkeypatch.setattr(module, "np", Counting(crossed))
+    batches, val = jax.device_put((BATCHES, VAL))
+    run = noisy()
+    tuner = Tuner(run, Glocal(), steps=30, window=5, guard=None)
+    assert max(crossed) >= 12  # a tuner's first snapshot
+    crossed.clear()
+    for t in range(15):
+        tuner.step(jax.tree.map(lambda x, factor=loss if t == 7 else 1.0: x * factor, batches[t % 12]), val)
+    assert any("rolled back" in r.event for r in tuner.history) == np.isnan(loss)
+    assert 0 < max(crossed) <= run.space.q
+    crossed.clear()
+    result = tuner.result
+    assert isinstance(result.best.params, np.ndarray)
+    assert result.best.params.shape == result.params.shape == (20,)
+    assert len(crossed) >= 2
+    crossed.clear()
+    run.run(run.space.phi0, batches[:4], val, every=2)  # a window in one go: its losses, outer losses and trajectory
+    assert sorted(crossed) == [2, 4, 2 * run.space.q]
+    with jax.transfer_guard_host_to_device("disallow"):
+        run.step(run.space.phi0, batches[0])  # nothing goes there either, unless phi has moved
+        run.hypergradient(val)
+
+
 # -- random directions -------------------------------------------------------------------------------------------------
 
 
@@ -318,53 +365,6 @@ def test_a_window_of_one_batch_by_mistake_is_refused():
 def test_impossible_directions_are_refused(along, said):
     with pytest.raises(HyperparameterError, match=said):
         noisy(along=along)
-
-
-class Counting:
-    """NumPy, with a note of how large the JAX arrays are that it brings to the host."""
-
-    def __init__(self, crossed):
-        self._crossed = crossed
-
-    def __getattr__(self, name):
-        function = getattr(np, name)
-        if name not in ("array", "asarray", "concatenate", "stack", "linalg"):
-            return function
-
-        def counted(x, *args, **more):
-            self._crossed += [y.size for y in jax.tree.leaves(x) if isinstance(y, jax.Array)]
-            return function(x, *args, **more)
-
-        return counted
-
-
-@pytest.mark.parametrize("loss", [1.0, np.nan], ids=["online", "rolled back"])
-def test_nothing_of_the_size_of_the_model_crosses_in_a_window_or_on_the_way_back(monkeypatch, loss):
-    crossed, kind = [], type(jnp.zeros(1))
-    value = kind._value  # behind float(x), x.tolist(), jax.device_get(x)
-    monkeypatch.setattr(kind, "_value", property(lambda x: crossed.append(x.size) or value.__get__(x)))
-    for module in (_jax_inner, _jax_tree, snapshots):
-        monkeypatch.setattr(module, "np", Counting(crossed))
-    batches, val = jax.device_put((BATCHES, VAL))
-    run = noisy()
-    tuner = Tuner(run, Glocal(), steps=30, window=5, guard=None)
-    assert max(crossed) >= 12  # a tuner's first snapshot
-    crossed.clear()
-    for t in range(15):
-        tuner.step(jax.tree.map(lambda x, factor=loss if t == 7 else 1.0: x * factor, batches[t % 12]), val)
-    assert any("rolled back" in r.event for r in tuner.history) == np.isnan(loss)
-    assert 0 < max(crossed) <= run.space.q
-    crossed.clear()
-    result = tuner.result
-    assert isinstance(result.best.params, np.ndarray)
-    assert result.best.params.shape == result.params.shape == (20,)
-    assert len(crossed) >= 2
-    crossed.clear()
-    run.run(run.space.phi0, batches[:4], val, every=2)  # a window in one go: its losses, outer losses and trajectory
-    assert sorted(crossed) == [2, 4, 2 * run.space.q]
-    with jax.transfer_guard_host_to_device("disallow"):
-        run.step(run.space.phi0, batches[0])  # nothing goes there either, unless phi has moved
-        run.hypergradient(val)
 
 
 # -- windows -----------------------------------------------------------------------------------------------------------

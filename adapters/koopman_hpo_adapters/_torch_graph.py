@@ -65,13 +65,13 @@ class Graph:
     @torch.no_grad()
     def _forward(self, loss: torch.Tensor, along: Columns, out: Columns) -> Grads | None:
         """The same by forward over reverse, or None where that does not know the graph."""
-        if self.handles != RemovableHandle.next_id or self._dtypes != {loss.dtype} or along[0].dtype != loss.dtype:
+        if self.handles != RemovableHandle.next_id or self._dtypes != {loss.dtype}:
             return None
         n, grads = len(self.inputs), None
         try:
             walk = Walk(loss)
             for into, moved in _pieces(self._chunk or max(1, _ROOM // (walk.width or 1)), out, along):
-                pulls = walk.ahead({id(i): m for i, m in zip(self.inputs, moved, strict=True)})
+                pulls = walk.ahead({id(i): m.to(i.dtype) for i, m in zip(self.inputs, moved, strict=True)})
                 grads = grads or self.gradient(loss, walk.edges, keep=True)
                 found = walk.back(pulls, grads[n:])
                 write(into, [found.get(id(i)) for i in self.inputs[: len(into)]])
@@ -118,16 +118,17 @@ class Graph:
         if not kept:
             write(out, [None] * len(out))
             return
-        outputs, along = tuple(grads[i] for i in kept), [along[i] for i in kept]
+        outputs: tuple[Any, ...] = tuple(grads[i] for i in kept)
+        along = [along[i] for i in kept]
         for into, moved in _pieces(self._chunk or len(along[0]), out, along):
+            moved = [m.to(g.dtype) for m, g in zip(moved, outputs, strict=True)]  # noqa: PLW2901 - half precision widened
             self._second(outputs, moved, tuple(inputs), into)
 
     def _second(self, outputs: Any, along: Columns, inputs: tuple[torch.Tensor, ...], out: Columns) -> None:
         if not self._loops and len(along[0]) * self._p <= _SMALL:
             batch: dict[str, Any] = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
             try:
-                columns = [c.to(g.dtype) for g, c in zip(outputs, along, strict=True)]
-                write(out, torch.autograd.grad(outputs, inputs, columns, **batch))
+                write(out, torch.autograd.grad(outputs, inputs, along, **batch))
                 self.say(BATCHED)
                 return
             except RuntimeError as error:
@@ -135,8 +136,6 @@ class Graph:
                 self._loops = True
         try:
             for row, into in zip(_rows(along), _rows(out), strict=True):
-                if row[0].dtype != outputs[0].dtype:  # tangents in half precision: one direction at a time is widened
-                    row = tuple(r.to(g.dtype) for r, g in zip(row, outputs, strict=True))  # noqa: PLW2901
                 write(into, _pull(outputs, row, inputs, True, False))
         except RuntimeError as error:
             raise NotTwice(str(error).splitlines()[0]) from error

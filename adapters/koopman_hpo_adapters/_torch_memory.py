@@ -26,7 +26,7 @@ class Buffer:
     """Room for a gradient and q tangents: `flat` (1 + q, p) on a device, and views of it.
 
     Attributes:
-      g, dG: the gradient and its tangents, (q, *shape) each, in the parameters' shapes.  arrays: both, for the kernels.
+      g, dG: the gradient and its tangents (q, *shape) in the parameters' shapes.  arrays: both, as the kernels take them.
     """
 
     def __init__(self, device: Device, shapes: list[torch.Size], q: int, dtype: torch.dtype):

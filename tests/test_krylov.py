@@ -348,6 +348,7 @@ def test_a_diverged_run_is_not_believed():
         ({"noise": "epoch", "batches": [None]}, ShapeError, "at least two"),
         ({"noise": "epoch", "batches": (None, None)}, ShapeError, "list of mini-batches"),
         ({"gate": 0.0}, HyperparameterError, "gate"),
+        ({"tolerance": 1.0}, HyperparameterError, "tolerance"),
         ({"seed": -1}, HyperparameterError, "seed"),
     ],
 )

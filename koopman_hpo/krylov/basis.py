@@ -39,17 +39,30 @@ def fresh(V: Array, Q: Array, most: int) -> Array:
     return qr(W.T, mode="economic", check_finite=False)[0].T if len(W) else W
 
 
-def grow(basis: Basis, starts: Array, operator: Callable[[Array], Array], columns: int) -> Basis:
+def grow(
+    basis: Basis,
+    starts: Array,
+    operator: Callable[[Array], Array],
+    columns: int,
+    enough: Callable[[Basis], bool] = lambda basis: False,
+) -> Basis:
     """The block Krylov space of `starts` (n, p), added to a basis: at most `columns` more columns, one operator product
-    each; fewer where the space is invariant."""
+    each; fewer where the space is invariant, or `enough`."""
     left = columns
     V = fresh(starts, basis.Q, left)
     while len(V):
         image = operator(V)
         basis = Basis(np.concatenate([basis.Q, V]), np.concatenate([basis.image, image]))
         left -= len(V)
+        if enough(basis):
+            break
         V = fresh(image, basis.Q, left)
     return basis
+
+
+def outside(basis: Basis, v: Array) -> Array:
+    """(p,) what of v (p,) lies beyond the basis."""
+    return v - (basis.Q @ v) @ basis.Q
 
 
 def projected(basis: Basis) -> Array:

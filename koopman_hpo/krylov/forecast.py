@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ class _Plan(NamedTuple):
     columns: int
     stages: int
     midpoint: bool
+    tolerance: float
     noise: str | None
     epoch: int | None
     chosen: list[Any]
@@ -53,6 +54,10 @@ class Forecast(koopman.Forecast):
     mixed: int = 0  # mixed derivatives of the inner loss, q rows each
     outers: int = 0  # gradients and Hessian-vector products of the outer loss
     noise_share: float = 0.0  # |noise term| / (|noise term| + |the rest|)
+    outer_loss: float = float("nan")  # at the horizon, accepted or not; without the noise term
+    missed: float = 0.0  # of it, what the frozen gradients' mismatches add to the loss at `params`: its size is its doubt
+    params: Array | None = None  # (p,) at the horizon, float64; None where nothing was rolled
+    edge: float = 0.0  # largest curvature met, as a share of that at which training grows; above 1 it diverges
 
 
 def estimate(
@@ -64,6 +69,7 @@ def estimate(
     columns: int = 16,
     stages: int = 5,
     midpoint: bool = True,
+    tolerance: float = 0.0,
     noise: str | None = None,
     batches: Sequence[Any] | None = None,
     hvp_batch: Any = None,
@@ -85,6 +91,7 @@ def estimate(
       stages: how many are planned, each 1.6 times as long as the one before; where the frozen gradient goes astray they
         are shorter and up to twice as many, where it stays true longer and fewer.
       midpoint: take a stage's Hessian where its middle is expected, not at its start: costs nothing more.
+      tolerance: above 0, a stage's spaces end as soon as they miss less than this share of the gradient and of the adjoint.
       noise: "epoch": add what the noise of `batches`, one epoch drawn without replacement, does at the horizon;
         "independent": of independent batches; None: the same batch at every step.
       batches: list of mini-batches; also tells the frozen second moments of adam and rmsprop their noise.
@@ -94,9 +101,9 @@ def estimate(
       seed: of the choice of the samples.
 
     Returns:
-      `Forecast`.  Its error is what fewer columns would change, the frozen gradients' defects at the stages' ends, and
-      the noise term's spread, in quadrature: an estimate, not a bound.  beta2 (adam) and alpha (rmsprop) act on the
-      preconditioner alone, which is frozen: what they do after now is left out.  The noise term leaves out the
+      `Forecast`.  Its error is what fewer columns would change, the frozen gradients' defects at the stages' ends with the
+      tolerance, and the noise term's spread, in quadrature: an estimate, not a bound.  beta2 (adam) and alpha (rmsprop)
+      act on the preconditioner alone, which is frozen: what they do after now is left out.  The noise term leaves out the
       hyperparameters of the loss.
 
     Raises:
@@ -114,16 +121,18 @@ def estimate(
     columns, stages = whole(call, "columns", columns, 3), whole(call, "stages", stages, 1, 30)
     samples, depth = whole(call, "samples", samples, 1), whole(call, "depth", depth, 1, 100)
     seed = whole(call, "seed", seed, 0)
+    tolerance = number(call, "tolerance", tolerance, "a number with 0 <= tolerance < 1", 0.0, 1.0, open_high=True)
     gate = number(call, "gate", gate, "a number > 0", 0.0, open_low=True)
     chosen = _batches(noise, batches, samples, seed)
-    now = inner.hypergradient(val_batch).grad
+    value, now, *_ = inner.hypergradient(val_batch)
     if steps == 0:
-        return _current(now, True, "0 steps ahead: the current hypergradient")
+        here = inner.params.astype(np.float64)
+        return replace(_current(now, True, "0 steps ahead: the current hypergradient"), outer_loss=value, params=here)
     if not np.isfinite(now).all():
         return _current(now, False, "last value: it is not finite, nor is the run")
     model = Model(inner.dynamics(), inner.space, train_batch, train_batch if hvp_batch is None else hvp_batch, val_batch)
     epoch = len(batches) if noise == "epoch" and batches is not None else None
-    plan = _Plan(steps, min(columns, inner.params.size), stages, midpoint, noise, epoch, chosen, depth)
+    plan = _Plan(steps, min(columns, inner.params.size), stages, midpoint, tolerance, noise, epoch, chosen, depth)
     with np.errstate(all="ignore"):
         try:
             return _rolled(model, plan, now, gate)
@@ -134,8 +143,9 @@ def estimate(
 def _rolled(model: Model, plan: _Plan, now: Array, gate: float) -> Forecast:
     """The estimate and its gate."""
     variance = roll.variance(model, plan.chosen) if plan.chosen and model.dynamics.state.slots.shape[0] > 1 else 0.0
-    rolled = roll.forward(model, plan.steps, plan.stages, plan.columns, plan.midpoint, variance)
-    h, fewer, paths = roll.backward(model, rolled, plan.columns)
+    rolled = roll.forward(model, plan.steps, plan.stages, plan.columns, plan.midpoint, variance, plan.tolerance)
+    h, fewer, missed, paths = roll.backward(model, rolled, plan.columns, plan.tolerance)
+    outer_loss = model.outer_loss + missed
     extra = doubt = np.zeros_like(h)
     if plan.noise is not None:
         last = rolled.stages[-1][0]
@@ -143,7 +153,7 @@ def _rolled(model: Model, plan: _Plan, now: Array, gate: float) -> Forecast:
         doubt = doubt + NOISE_DOUBT * np.abs(extra)
     value = h + extra
     size = _rms(value) or 1.0
-    error = np.sqrt((h - fewer) ** 2 + (sum(rolled.defects) * size) ** 2 + doubt**2)
+    error = np.sqrt((h - fewer) ** 2 + ((sum(rolled.defects) + plan.tolerance) * size) ** 2 + doubt**2)
     move, deviation = _rms(value - now) / size, _rms(error) / size
     finite = bool(np.isfinite(value).all() and np.isfinite(error).all())
     accepted = finite and deviation < gate
@@ -165,6 +175,10 @@ def _rolled(model: Model, plan: _Plan, now: Array, gate: float) -> Forecast:
         mixed=model.mixeds,
         outers=model.outers,
         noise_share=_rms(extra) / max(_rms(extra) + _rms(h), 1e-300),
+        outer_loss=outer_loss,
+        missed=missed,
+        params=rolled.end.theta,
+        edge=max(path.edge for path in paths),
     )
 
 

@@ -16,6 +16,7 @@ class Model:
 
     Attributes:
       eps: of the model's arithmetic.
+      outer_loss: at the last place where `outer` was taken.
       gradients, hvps, mixeds, outers: products so far: gradients, Hessian-vector products, mixed derivatives (q rows
         each), outer gradients and outer Hessian-vector products.
     """
@@ -26,6 +27,7 @@ class Model:
         self._dtype = dynamics.state.theta.dtype
         self.eps = float(np.finfo(self._dtype).eps)
         self._loss = set(dynamics.loss_names)
+        self.outer_loss = float("nan")
         self.gradients = self.hvps = self.mixeds = self.outers = 0
 
     def _at(self, theta: Array, t: int) -> tuple[Array, Any]:
@@ -60,7 +62,7 @@ class Model:
         """Outer gradient (p,), and the outer loss's direct derivative (q,) along phi."""
         self.outers += 1
         at, point = self._at(theta, t)
-        _, dE, direct = self.dynamics.outer(at, point, self._val)
+        self.outer_loss, dE, direct = self.dynamics.outer(at, point, self._val)
         h = np.zeros(self.space.q)
         for name, d in direct.items():
             seed = point.seeds[name]

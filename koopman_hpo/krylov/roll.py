@@ -29,6 +29,7 @@ class Rolled(NamedTuple):
 
     stages: list[tuple[Stage, Path]]
     defects: list[float]  # of each stage
+    apart: list[Array]  # (p,) true less frozen gradient at each stage's end, in its coordinates
     end: State
 
 
@@ -62,43 +63,46 @@ def state(model: Model) -> State:
     return State(theta, slots[0], slots[1], None, t)
 
 
-def forward(model: Model, steps: int, count: int, columns: int, midpoint: bool, variance: Array | float) -> Rolled:
+def forward(
+    model: Model, steps: int, count: int, columns: int, midpoint: bool, variance: Array | float, tolerance: float
+) -> Rolled:
     """The run, `steps` inner steps ahead, in about `count` stages, twice that at most: a stage that ends where its frozen
     gradient is far from the true one is cut short, and where it is near the next is longer.
 
     variance: (p,) of the gradient of one batch around the mean gradient.
     """
     share, _ = split(columns, model.dynamics.state.theta.size)
-    here, defects = state(model), []
+    here, defects, aparts = state(model), [], []
     out: list[tuple[Stage, Path]] = []
     recycled = leading(model.dynamics.state.Z.astype(np.float64), RECYCLED)
     gradient, ahead, k, left = model.gradient(here.theta, here.t), None, first(steps, count), steps
     while left:
         k = left if len(out) + 1 == 2 * count or 1.25 * k > left else k
         centre = ahead(k // 2) if ahead is not None else here.theta
-        stage = stages.begin(here, k, model, gradient, centre, recycled, share)
-        stage, way, there, gradient, defect = _trusted(stage, model, CUTS if len(out) + 1 < 2 * count else 0)
+        stage = stages.begin(here, k, model, gradient, centre, recycled, share, tolerance)
+        stage, way, there, gradient, (apart, defect) = _trusted(stage, model, CUTS if len(out) + 1 < 2 * count else 0)
         out.append((stage, way))
         defects.append(defect)
+        aparts.append(apart)
         ahead = partial(_beyond, stage, way) if midpoint and defect < ASTRAY else None
         recycled = (there.theta - here.theta)[None]
         here = squared(stage, there, gradient, model, variance)
         left -= stage.steps
         k = max(1, int(stage.steps * np.clip(np.sqrt(TRUST / max(defect, 1e-12)), *GROWTH)))
-    return Rolled(out, defects, here)
+    return Rolled(out, defects, aparts, here)
 
 
-def _trusted(stage: Stage, model: Model, cuts: int) -> tuple[Stage, Path, State, Array, float]:
+def _trusted(stage: Stage, model: Model, cuts: int) -> tuple[Stage, Path, State, Array, tuple[Array, float]]:
     """The stage, halved while its end is astray: with its products as they are, for a gradient each time."""
     while True:
         way = stages.path(stage, model, stage.basis)
         there = stages.end(stage, way)
         gradient = model.gradient(there.theta, there.t)
-        defect = stages.defect(stage, way, gradient)
+        apart, defect = stages.mismatch(stage, model, way, gradient)
         if defect <= ASTRAY or not cuts or stage.steps < 2:
             if not np.isfinite(defect):
                 raise np.linalg.LinAlgError("its gradient is not finite")
-            return stage, way, there, gradient, defect
+            return stage, way, there, gradient, (apart, defect)
         cuts -= 1
         stage = stages.shorter(stage, model, stage.steps // 2)
 
@@ -123,34 +127,36 @@ def squared(before: Stage, here: State, gradient: Array, model: Model, variance:
     return here._replace(square=square, mean=mean)
 
 
-def backward(model: Model, rolled: Rolled, columns: int) -> tuple[Array, Array, list[Path]]:
+def backward(model: Model, rolled: Rolled, columns: int, tolerance: float) -> tuple[Array, Array, float, list[Path]]:
     """(q,) the outer loss's derivative at the horizon, through all that happens after now and all that happened before; the
-    same from fewer columns, at no product more; and each stage's way in its final basis."""
+    same from fewer columns, at no product more; the outer loss that the frozen gradients' mismatches miss; and each stage's
+    way in its final basis."""
     p = model.dynamics.state.theta.size
-    tolerance = 0.0 if columns >= p else MIXED
+    followed = 0.0 if columns >= p else MIXED
     dE, direct = model.outer(rolled.end.theta, rolled.end.t)
     h, fewer = direct.copy(), direct.copy()
     adjoint = rough = Adjoint(dE, np.zeros(p))
-    paths = []
-    for stage, _ in reversed(rolled.stages):
-        basis = stages.grown(stage, model, adjoint, split(columns, p)[1])
+    paths, missed = [], 0.0
+    for (stage, _), apart in zip(reversed(rolled.stages), reversed(rolled.apart), strict=True):
+        basis = stages.grown(stage, model, adjoint, split(columns, p)[1], tolerance)
         way = stages.path(stage, model, basis)
         before, optimizer, D = stages.back(stage, model, way, basis, adjoint)
-        part = thinned(basis, len(stage.basis.Q))
+        missed += D[:, -1] @ (basis.Q @ apart)
+        part = thinned(basis, len(stage.basis.Q), tolerance > 0)
         coarse = stages.path(stage, model, part)
         rough, optimizer_fewer, _ = stages.back(stage, model, coarse, part, rough)
-        loss = stages.mixed(stage, model, way, basis, D, tolerance) if model.dynamics.loss_names else 0.0
+        loss = stages.mixed(stage, model, way, basis, D, followed) if model.dynamics.loss_names else 0.0
         h, fewer, adjoint = h + optimizer + loss, fewer + optimizer_fewer + loss, before
         paths.append(way)
-    return h + past(model, adjoint), fewer + past(model, rough), paths[::-1]
+    return h + past(model, adjoint), fewer + past(model, rough), float(missed), paths[::-1]
 
 
-def thinned(basis: Basis, own: int) -> Basis:
+def thinned(basis: Basis, own: int, enough: bool) -> Basis:
     """The basis without the last quarter of its first `own` columns and of the others, one at least where there are two:
-    what one level less would give."""
-    m = len(basis.Q)
+    what one level less would give.  Where a tolerance says what is `enough`: without the last one."""
+    m, p = basis.Q.shape
     kept = lambda n: n - max(n // 4, int(n > 1))
-    keep = np.r_[0 : kept(own), own : own + kept(m - own)]
+    keep = np.r_[0 : m - int(own + 1 < m < p)] if enough else np.r_[0 : kept(own), own : own + kept(m - own)]
     return Basis(basis.Q[keep], basis.image[keep])
 
 

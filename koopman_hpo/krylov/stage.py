@@ -56,6 +56,7 @@ class Path(NamedTuple):
 
     small: Small
     spectrum: Array  # (m,) eigenvalues of the step, `rate (H + wd)`, before they were clipped
+    edge: float  # largest curvature, as a share of that at which the step would grow
     starts: list[Array]  # (2m + 1,) coordinates (x, w, 1) before each piece
     end: Array  # (2m + 1,)
 
@@ -106,10 +107,10 @@ def path(stage: Stage, model: Model, basis: Basis) -> Path:
         nesterov=plain and rule.flag,
         inside=rule.name == "rmsprop",
     )
-    high = SAFETY * min(frozen.ceiling(piece.at, small) for piece in stage.pieces)
+    ceiling = min(frozen.ceiling(piece.at, small) for piece in stage.pieces)
     decay = np.einsum("g,gab->ab", stage.pieces[0].at.c[frozen.WD] * stage.rate, small.D)
     low = -max(frozen.floor(piece.at, small, GROWTH / stage.steps) for piece in stage.pieces)
-    total, spectrum = krylov.clipped(small.T, low, high)
+    total, spectrum = krylov.clipped(small.T, low, SAFETY * ceiling)
     small = small._replace(T=total - decay)
     y = np.concatenate([np.zeros(len(Q)), Q @ (start.momentum / stage.unit), [1.0]])
     starts = []
@@ -117,23 +118,38 @@ def path(stage: Stage, model: Model, basis: Basis) -> Path:
         starts.append(y)
         A = frozen.step(small, piece.at.c)[0]
         y = A @ y if piece.steps == 1 else np.linalg.matrix_power(A, piece.steps) @ y
-    return Path(small, spectrum, starts, y)
+    return Path(small, spectrum, float(spectrum[-1]) / ceiling, starts, y)
 
 
 def back(stage: Stage, model: Model, way: Path, basis: Basis, adjoint: Adjoint) -> tuple[Adjoint, Array, Array]:
     """The adjoint at the stage's start, and what the stage adds to h: (q,) through the optimizer's coefficients, and the
     sum `Gamma_d` (m, 2m + 1) of the adjoint of the gradient times the state, which the loss's hyperparameters need."""
-    Q, m, q = basis.Q, len(basis.Q), model.space.q
-    ends = np.concatenate([Q @ (stage.scale * adjoint.theta), Q @ (stage.unit * adjoint.momentum), [0.0]])
-    lam, h, D = ends, np.zeros(q), np.zeros((m, 2 * m + 1))
-    for piece, y in zip(reversed(stage.pieces), reversed(way.starts), strict=True):
-        A, J = frozen.step(way.small, piece.at.c)
-        Gamma, lam = _swept(A, lam, y, piece.steps)
+    Q, m = basis.Q, len(basis.Q)
+    ends = _ends(stage, basis, adjoint)
+    lam, Gammas, D = _swept_back(stage, way, ends)
+    h = np.zeros(model.space.q)
+    for piece, Gamma in zip(reversed(stage.pieces), Gammas, strict=True):
         h += frozen.along(partial(_contracted, way.small, Gamma), piece.at)
-        D += J.T @ Gamma[: 2 * m]
     theta = adjoint.theta + ((lam - ends)[:m] @ Q) / stage.scale
     momentum = adjoint.momentum + ((lam - ends)[m : 2 * m] @ Q) / stage.unit
     return Adjoint(theta, momentum), h, D
+
+
+def _ends(stage: Stage, basis: Basis, adjoint: Adjoint) -> Array:
+    Q = basis.Q
+    return np.concatenate([Q @ (stage.scale * adjoint.theta), Q @ (stage.unit * adjoint.momentum), [0.0]])
+
+
+def _swept_back(stage: Stage, way: Path, lam: Array) -> tuple[Array, list[Array], Array]:
+    """lambda at the stage's start, `sum lambda y'` of each piece, the last first, and `Gamma_d` of `back`."""
+    m = way.small.T.shape[-1]
+    Gammas, D = [], np.zeros((m, 2 * m + 1))
+    for piece, y in zip(reversed(stage.pieces), reversed(way.starts), strict=True):
+        A, J = frozen.step(way.small, piece.at.c)
+        Gamma, lam = _swept(A, lam, y, piece.steps)
+        Gammas.append(Gamma)
+        D += J.T @ Gamma[: 2 * m]
+    return lam, Gammas, D
 
 
 def _contracted(small: Small, Gamma: Array, c: Array) -> Array:
@@ -182,8 +198,11 @@ def mixed(stage: Stage, model: Model, way: Path, basis: Basis, D: Array, toleran
     return h
 
 
-def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array, recycled: Array, columns: int) -> Stage:
-    """A stage from a state: its preconditioner, and the Krylov space of the gradient and of `recycled` (n, p) directions.
+def begin(
+    start: State, steps: int, model: Model, gradient: Array, centre: Array, recycled: Array, columns: int, tolerance: float
+) -> Stage:
+    """A stage from a state: its preconditioner, and the Krylov space of the gradient and of `recycled` (n, p) directions,
+    until it misses less than `tolerance` of the gradient, if that is above 0.
 
     The momentum follows the gradient so closely that it joins only where they leave columns: depth is worth more.
     """
@@ -200,7 +219,13 @@ def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array
     starts = [scale * force, *(recycled / scale)]
     if parts[0].at.c[frozen.DECAY].any():
         starts.append(start.theta / scale)
-    return stage._replace(basis=_grown(stage, model, np.array(starts), start.momentum / unit, columns))
+    most = tolerance * float(np.linalg.norm(scale * gradient))
+
+    def enough(basis: Basis) -> bool:
+        x = path(stage, model, basis).end[: len(basis.Q)]
+        return float(np.linalg.norm(krylov.outside(basis, x @ basis.image))) <= most
+
+    return stage._replace(basis=_grown(stage, model, starts, start.momentum / unit, columns, enough if tolerance else None))
 
 
 def shorter(stage: Stage, model: Model, steps: int) -> Stage:
@@ -209,24 +234,41 @@ def shorter(stage: Stage, model: Model, steps: int) -> Stage:
     return stage._replace(steps=steps, pieces=parts)
 
 
-def _grown(stage: Stage, model: Model, starts: Array, momentum: Array, columns: int) -> Basis:
+def _grown(
+    stage: Stage, model: Model, starts: list[Array], momentum: Array, columns: int, enough: Callable[[Basis], bool] | None
+) -> Basis:
     product = operator(stage, model)
-    basis = krylov.grow(stage.basis, starts, product, columns)
+    if enough is not None:
+        return krylov.grow(stage.basis, np.array([*starts, momentum]), product, columns, enough)
+    basis = krylov.grow(stage.basis, np.array(starts), product, columns)
     left = columns - (len(basis.Q) - len(stage.basis.Q))
     return krylov.grow(basis, momentum[None], product, left)
 
 
-def grown(stage: Stage, model: Model, adjoint: Adjoint, columns: int) -> Basis:
-    """The stage's basis and the Krylov space of the adjoint at its end."""
-    return _grown(stage, model, (stage.scale * adjoint.theta)[None], stage.unit * adjoint.momentum, columns)
+def grown(stage: Stage, model: Model, adjoint: Adjoint, columns: int, tolerance: float) -> Basis:
+    """The stage's basis and the Krylov space of the adjoint at its end, until it misses less than `tolerance` of that, if
+    that is above 0."""
+    end = stage.scale * adjoint.theta
+    most = tolerance * float(np.linalg.norm(end))
+
+    def enough(basis: Basis) -> bool:
+        b = _swept_back(stage, path(stage, model, basis), _ends(stage, basis, adjoint))[2][:, -1]
+        return float(np.linalg.norm(krylov.outside(basis, end - b @ basis.image))) <= most
+
+    return _grown(stage, model, [end], stage.unit * adjoint.momentum, columns, enough if tolerance else None)
 
 
-def defect(stage: Stage, way: Path, gradient: Array) -> float:
-    """How far the frozen gradient at the stage's end is from the true one (p,) there, relative to that at its start."""
+def mismatch(stage: Stage, model: Model, way: Path, gradient: Array) -> tuple[Array, float]:
+    """(p,) how far the frozen gradient at the stage's end is from the true one (p,) there, in the stage's coordinates, and
+    its size relative to the gradient at the start."""
     m, Q = len(stage.basis.Q), stage.basis.Q
     frozen_gradient = way.small.b + way.small.T @ way.end[:m]
     size = float(np.linalg.norm(way.small.b))
-    return float(np.linalg.norm(Q @ (stage.scale * gradient) - frozen_gradient) / max(size, 1e-300))
+    defect = float(np.linalg.norm(Q @ (stage.scale * gradient) - frozen_gradient) / max(size, 1e-300))
+    c = stage.pieces[-1].at.c[frozen.WD]
+    decay = np.einsum("g,gab,b->a", c * stage.rate, way.small.D, way.end[:m]) + c @ way.small.P
+    theta = stage.start.theta + stage.scale * (way.end[:m] @ Q)
+    return stage.scale * (gradient + spread(c, model) * theta) - (frozen_gradient + decay) @ Q, defect
 
 
 def where(stage: Stage, way: Path, steps: int) -> Array:

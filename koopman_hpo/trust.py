@@ -26,6 +26,7 @@ RADIUS, LONGEST, SHORTEST = 1.0, 2.0, 1e-3  # of a step, in any coordinate of ph
 TAKEN, POOR, GOOD = 0.1, 0.25, 0.75  # actual over promised decrease: needed; the radius shrinks below, may grow above
 DOUBT = 0.5  # part of the promised decrease that errors may hide (Carter 1991)
 SOFT = 0.3  # curvature where nothing is known of it, of that along the first step: the radius bounds the step there
+MENDED = 0.5  # of what spaces miss of the outer loss, the error that is left when it is counted
 CLOSER, FINEST = 4.0, 1e-6  # what divides the tolerance of a closer look, and the finest
 SETTLED = 0.25  # part of what `tol` asks of the slope that the best step's promise may be, for an end
 ASTRAY = 1.0  # error of h, relative to h, at which training must go on
@@ -93,7 +94,7 @@ class Horizon:
         if found.params is not None and not trouble:
             params = found.params.astype(params.dtype)
             end["theta"] = params
-        missed = abs(found.missed)
+        missed = MENDED * abs(found.missed)
         error = np.hypot(found.error, missed)  # moving phi by one may change what is missed by as much
         rest = (params, trouble, found.reason, end, tolerance, stages)
         return Look(phi, found.outer_loss, missed, found.estimate, error, found.deviation, *rest)

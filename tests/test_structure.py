@@ -20,6 +20,7 @@ LAYERS = [
     {"koopman", "outer", "exact"},
     {"krylov"},
     {"guard", "strategies", "history"},
+    {"trust"},
     {"state"},
     {"settings", "modes"},
     {"closing", "resume"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,6 +75,11 @@ class Forecast(koopman.Forecast):
     mixed: int = 0  # mixed derivatives of the inner loss, q rows each
     outers: int = 0  # gradients and Hessian-vector products of the outer loss
     noise_share: float = 0.0  # |noise term| / (|noise term| + |the rest|)
+    bends: tuple[float, ...] = ()  # of each stage, what it freezes and really changes, as a share of its gradient
+    outer_loss: float = float("nan")  # at the horizon, accepted or not; without the noise term
+    missed: float = 0.0  # of it, what the frozen gradients' mismatches add to the loss at `params`: its size is its doubt
+    params: Array | None = None  # (p,) at the horizon, float64; None where nothing was rolled
+    edge: float = 0.0  # largest curvature met, as a share of that at which training grows; above 1 it diverges
 
 
 def estimate(
@@ -134,9 +139,10 @@ def estimate(
     steps = whole(call, "steps", steps, 0, MOST_STEPS, "Steps are inner steps from now to the horizon.")
     given = Settings(columns, stages, midpoint, noise, batches, hvp_batch, samples, depth, tolerance, gate, seed)
     plan = given.checked(call)
-    now = inner.hypergradient(val_batch).grad
+    value, now, *_ = inner.hypergradient(val_batch)
     if steps == 0:
-        return _current(now, True, "0 steps ahead: the current hypergradient")
+        here = inner.params.astype(np.float64)
+        return replace(_current(now, True, "0 steps ahead: the current hypergradient"), outer_loss=value, params=here)
     if not np.isfinite(now).all():
         return _current(now, False, "last value: it is not finite, nor is the run")
     p = inner.params.size
@@ -174,7 +180,7 @@ def _rolled(model: Model, plan: Settings, steps: int, now: Array) -> Forecast:
     chosen, slots = _chosen(plan), model.dynamics.state.slots
     variance = roll.variance(model, chosen) if chosen and slots.shape[0] > 1 else 0.0
     rolled = roll.forward(model, steps, plan.stages, plan.columns, plan.tolerance, plan.midpoint, variance)
-    h, fewer, paths = roll.backward(model, rolled, plan.columns, plan.tolerance)
+    h, fewer, missed, paths = roll.backward(model, rolled, plan.columns, plan.tolerance)
     extra = doubt = np.zeros_like(h)
     if plan.noise is not None:
         epoch = len(plan.batches or ()) if plan.noise == "epoch" else None
@@ -205,6 +211,11 @@ def _rolled(model: Model, plan: Settings, steps: int, now: Array) -> Forecast:
         mixed=model.mixeds,
         outers=model.outers,
         noise_share=_rms(extra) / max(_rms(extra) + _rms(h), 1e-300),
+        bends=tuple(rolled.bends),
+        outer_loss=model.outer_loss + missed,
+        missed=missed,
+        params=rolled.end.theta,
+        edge=max(path.edge for path in paths),
     )
 
 

@@ -20,6 +20,7 @@ class Model:
 
     Attributes:
       eps: of the model's arithmetic.
+      outer_loss: at the last place where `outer` was taken.
       gradients, hvps, mixeds, outers: products so far: gradients, Hessian-vector products, mixed derivatives (q rows
         each), outer gradients and outer Hessian-vector products.
     """
@@ -34,6 +35,7 @@ class Model:
         self._dtype = dynamics.state.theta.dtype
         self.eps = float(np.finfo(self._dtype).eps)
         self._loss = set(dynamics.loss_names)
+        self.outer_loss = float("nan")
         self.gradients = self.hvps = self.mixeds = self.outers = 0
 
     def point(self, t: int) -> Point:
@@ -94,7 +96,7 @@ class Model:
         """Outer gradient (p,), and the outer loss's direct derivative (q,) along phi."""
         self.outers += 1
         at, point = self._at(theta, t)
-        _, dE, direct = self.dynamics.outer(at, point, self._val)
+        self.outer_loss, dE, direct = self.dynamics.outer(at, point, self._val)
         h = np.zeros(self.space.q)
         for name, d in direct.items():
             seed = point.seeds[name]

@@ -28,8 +28,10 @@ class Rolled(NamedTuple):
     """Training, rolled to the horizon."""
 
     stages: list[tuple[Stage, Path]]
-    defects: list[float]  # of each stage
+    bends: list[float]  # of each stage, what the change of curvature and preconditioner does to its gradient, as a share
+    defects: list[float]  # of each stage, the same with what its columns leave out
     end: State
+    gradient: Array  # (p,) there
 
 
 def first(steps: int, count: int) -> int:
@@ -63,7 +65,7 @@ def forward(
     variance: (p,) of the gradient of one batch around the mean gradient.
     """
     share, _ = split(columns, model.dynamics.state.theta.size)
-    here, defects = state(model), []
+    here, bends, defects = state(model), [], []
     out: list[tuple[Stage, Path]] = []
     gradient, ahead, k, left = model.gradient(here.theta, here.t), None, first(steps, count), steps
     while left:
@@ -74,10 +76,12 @@ def forward(
         out.append((stage, way))
         ahead = partial(_beyond, stage, way) if midpoint and defect < ASTRAY else None
         here = squared(stage, there, gradient, model, variance)
-        defects.append(max(defect, whole) + stages.moved(stage, here, model))
+        moved = stages.moved(stage, here, model)
+        bends.append(defect + moved)
+        defects.append(max(defect, whole) + moved)
         left -= stage.steps
         k = max(1, int(stage.steps * np.clip(np.sqrt(TRUST / max(defect, 1e-12)), *GROWTH)))
-    return Rolled(out, defects, here)
+    return Rolled(out, bends, defects, here, gradient)
 
 
 def _trusted(stage: Stage, model: Model, cuts: int) -> tuple[Stage, Path, State, Array, tuple[float, float]]:
@@ -115,25 +119,27 @@ def squared(before: Stage, here: State, gradient: Array, model: Model, variance:
     return here._replace(square=square, mean=mean)
 
 
-def backward(model: Model, rolled: Rolled, columns: int, tolerance: float) -> tuple[Array, Array, list[Path]]:
+def backward(model: Model, rolled: Rolled, columns: int, tolerance: float) -> tuple[Array, Array, float, list[Path]]:
     """(q,) the outer loss's derivative at the horizon, through all that happens after now and all that happened before; the
-    same from fewer columns, at no product more; and each stage's way in its final basis."""
+    same from fewer columns, at no product more; what the frozen gradients' mismatches add to the outer loss; and each
+    stage's way in its final basis."""
     p = model.dynamics.state.theta.size
     dE, direct = model.outer(rolled.end.theta, rolled.end.t)
     h, fewer = direct.copy(), direct.copy()
     adjoint = rough = Adjoint(dE, np.zeros(p))
-    paths = []
-    for stage, _ in reversed(rolled.stages):
+    paths, missed, gradient = [], 0.0, rolled.gradient
+    for stage, there in reversed(rolled.stages):
         basis = stages.grown(stage, model, adjoint, split(columns, p)[1], min(LOOSE * tolerance, 0.9))
         way = stages.path(stage, model, basis)
         before, optimizer, D = stages.back(stage, model, way, basis, adjoint)
+        missed += D[:, -1] @ (basis.Q @ stages.mismatch(stage, model, there, gradient))
         part = thinned(basis, len(stage.basis.Q))
         coarse = stages.path(stage, model, part)
         rough, optimizer_fewer, _ = stages.back(stage, model, coarse, part, rough)
         loss = stages.mixed(stage, model, way, basis, D, MIXED if tolerance else 0.0) if model.dynamics.loss_names else 0.0
-        h, fewer, adjoint = h + optimizer + loss, fewer + optimizer_fewer + loss, before
+        h, fewer, adjoint, gradient = h + optimizer + loss, fewer + optimizer_fewer + loss, before, stage.gradient
         paths.append(way)
-    return h + past(model, adjoint), fewer + past(model, rough), paths[::-1]
+    return h + past(model, adjoint), fewer + past(model, rough), float(missed), paths[::-1]
 
 
 def thinned(basis: Basis, own: int) -> Basis:

@@ -57,6 +57,7 @@ class Path(NamedTuple):
 
     small: Small
     spectrum: Array  # (m,) eigenvalues of the step, `rate (H + wd)`, before they were clipped
+    edge: float  # largest curvature, as a share of that at which the step would grow
     starts: list[Array]  # (2m + 1,) coordinates (x, w, 1) before each piece
     end: Array  # (2m + 1,)
 
@@ -109,10 +110,10 @@ def path(stage: Stage, model: Model, basis: Basis) -> Path:
         nesterov=plain and rule.flag,
         inside=rule.name == "rmsprop",
     )
-    high = SAFETY * min(frozen.ceiling(piece.at, small) for piece in stage.pieces)
+    ceiling = min(frozen.ceiling(piece.at, small) for piece in stage.pieces)
     decay = np.einsum("g,gab->ab", stage.pieces[0].at.c[frozen.WD] * stage.rate, small.D)
     low = -max(frozen.floor(piece.at, small, GROWTH / stage.steps) for piece in stage.pieces)
-    total, spectrum = krylov.clipped(small.T, low, high)
+    total, spectrum = krylov.clipped(small.T, low, SAFETY * ceiling)
     small = small._replace(T=total - decay)
     y = np.concatenate([np.zeros(len(Q)), Q @ (start.momentum / stage.unit), [1.0]])
     starts = []
@@ -120,7 +121,7 @@ def path(stage: Stage, model: Model, basis: Basis) -> Path:
         starts.append(y)
         A = frozen.step(small, piece.at.c)[0]
         y = A @ y if piece.steps == 1 else np.linalg.matrix_power(A, piece.steps) @ y
-    return Path(small, spectrum, starts, y)
+    return Path(small, spectrum, float(spectrum[-1]) / ceiling, starts, y)
 
 
 def back(stage: Stage, model: Model, way: Path, basis: Basis, adjoint: Adjoint) -> tuple[Adjoint, Array, Array]:
@@ -229,10 +230,22 @@ def grown(stage: Stage, model: Model, adjoint: Adjoint, columns: int, tolerance:
 def defect(stage: Stage, way: Path, gradient: Array) -> tuple[float, float]:
     """How far the frozen gradient at the stage's end is from the true one (p,) there, relative to that at its start: within
     the basis, what the curvature has changed; and in the whole space, with what the columns leave out."""
-    m, Q = len(stage.basis.Q), stage.basis.Q
-    change = stage.scale * (gradient - stage.gradient) - (way.small.T @ way.end[:m]) @ Q
+    Q, change = stage.basis.Q, _unforeseen(stage, way, gradient)
     size = np.maximum([np.linalg.norm(way.small.b), np.linalg.norm(stage.scale * stage.gradient)], 1e-300)
     return float(np.linalg.norm(Q @ change) / size[0]), float(np.linalg.norm(change) / size[1])
+
+
+def _unforeseen(stage: Stage, way: Path, gradient: Array) -> Array:
+    """(p,) the change of the gradient along the stage, in its coordinates, without that of the frozen one."""
+    Q = stage.basis.Q
+    return stage.scale * (gradient - stage.gradient) - (way.small.T @ way.end[: len(Q)]) @ Q
+
+
+def mismatch(stage: Stage, model: Model, way: Path, gradient: Array) -> Array:
+    """(p,) the true gradient (p,) at the stage's end with its decay, without the frozen one, in the stage's coordinates."""
+    Q = stage.basis.Q
+    decay = spread(stage.pieces[-1].at.c[frozen.WD], model) * stage.scale**2 * (way.end[: len(Q)] @ Q)
+    return _unforeseen(stage, way, gradient) + decay - (Q @ decay) @ Q
 
 
 def moved(stage: Stage, there: State, model: Model) -> float:

@@ -4,8 +4,8 @@ Data: MNIST's 10,000 test digits as the whole data set, 8,000 to train, 1,000 to
 with its two idx files, plain or gzipped (--data), or fetched once by pooch and checked by its MD5 sum (--fetch).  Without
 them scikit-learn's digits, enlarged to 28 x 28, and the output says so.  Each optimizer and learning rate is trained
 untuned, with local hypergradients, and glocally; with --full beside the best of ten random full runs, chosen by validation
-loss.  Large outer steps find the learning rate in a few windows; the guard begins training again if they overshoot early, and
-keeps the rate from falling faster than a linear decay (docs/tuning.md).
+loss.  Large outer steps find the learning rate in a few windows; the guard begins training again where they overshoot,
+and keeps the rate from falling faster than a linear decay (docs/tuning.md).
 
     python examples/torch_mnist.py [--data DIR | --fetch] [--full] [--lr 1e-4 1] [--optimizer sgd adam] [--out mnist.png]
 """

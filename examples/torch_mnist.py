@@ -3,7 +3,9 @@
 Data: MNIST's 10,000 test digits as the whole data set, 8,000 to train, 1,000 to validate, 1,000 to test; either a folder
 with its two idx files, plain or gzipped (--data), or fetched once by pooch and checked by its MD5 sum (--fetch).  Without
 them scikit-learn's digits, enlarged to 28 x 28, and the output says so.  Each optimizer and learning rate is trained
-untuned, with local hypergradients, and glocally; with --full beside the best of ten random full runs.
+untuned, with local hypergradients, and glocally; with --full beside the best of ten random full runs, chosen by validation
+loss.  Large outer steps find the learning rate in a few windows; the guard begins training again where they overshoot,
+and keeps the rate from falling faster than a linear decay (docs/tuning.md).
 
     python examples/torch_mnist.py [--data DIR | --fetch] [--full] [--lr 1e-4 1] [--optimizer sgd adam] [--out mnist.png]
 """
@@ -26,7 +28,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from koopman_hpo import Glocal, History, Local, Space, log, logit, outer
+from koopman_hpo import Glocal, Guard, History, Local, Space, log, logit, outer
 
 URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 FILES = {  # MD5 sums, as torchvision has them
@@ -142,7 +144,8 @@ def train(strategy, optimizer, hyper, sets, budget, seed, label=""):
             strategy=strategy,
             steps=budget.epochs * (len(y) // budget.batch),
             window=budget.window,
-            outer=outer.adam(0.3),
+            outer=outer.adam(0.5),
+            guard=Guard(again=0.3, fall=1.0),
             callbacks=[Progress(label)],
         )
     for x, target in batches(X, y, budget, seed):

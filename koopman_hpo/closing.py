@@ -54,13 +54,15 @@ def close(tuner: Tuner, s: State, value: float, val_batch: Any) -> Outcome:
         target = tuner.guard.shrunk(space, s.phi)
         if tuner.mode == "restart" and np.array_equal(target, s.phi):
             doubt = ""  # nothing to shrink: the same run would give the same doubt, so its sign is followed
+        elif doubt.startswith("excess") and mode.early(tuner, s):
+            return back(tuner, s._replace(window=s.window._replace(start=tuner.initial)), doubt, value)
     moved, kept = s, mode.kept(tuner, s)
     if doubt:
         moved = s._replace(outer=tuner.outer.init(space.q), norms=())
         kept = None if kept is None else 0.0
     else:
         step, memory = _step(tuner, forecast.value, s)
-        target = space.clip(s.phi - step)
+        target = space.clip(mode.slowed(tuner, s, s.phi - step))
         moved = mode.lengthened(tuner, s._replace(outer=memory), forecast.value)
     record = _record(tuner, s, H, forecast, s.phi - target, value, f"not used, {doubt}" if doubt else "")
     moved = moved._replace(phi=frozen(target))
@@ -68,9 +70,11 @@ def close(tuner: Tuner, s: State, value: float, val_batch: Any) -> Outcome:
 
 
 def back(tuner: Tuner, s: State, why: str, value: float = math.nan) -> Outcome:
-    """Back to the window's start with zero tangents and a smaller step, or the end of tuning."""
+    """Back to where the window of s begins with zero tangents and a smaller step, or the end of tuning."""
     guard, event, warning = tuner.guard or Guard(), f"rolled back: {why}", ""
-    shrunk, count = guard.shrunk(tuner.inner.space, s.phi), s.rollbacks + 1
+    count = s.rollbacks + 1
+    times = min(count, 3) if tuner.mode_of.early(tuner, s) else 1
+    shrunk = guard.shrunk(tuner.inner.space, s.phi, times)
     stuck = np.array_equal(shrunk, s.phi)
     if count >= (min(3, guard.patience) if stuck else guard.patience):
         s = s._replace(reason=f"stopped: {count} rollbacks in a row, the last one because {why}")

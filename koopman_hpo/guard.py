@@ -33,6 +33,12 @@ class Guard:
 
     Then too the hyperparameters in `shrink_names` are divided by `shrink`, but training goes on where it is.
 
+    **Too short a sight** (mode online; both off by default).  A network that was trained at a rate far too high stays worse
+    for good, so an excessive estimate in the first `again` of the run begins training again, and rollbacks in a row there
+    divide by `shrink`, its square and then its cube.  The hypergradient of a window asks for the smaller rate that averages
+    out today's noise, long before it pays: of steps that are believed, `fall` lets the `shrink_names` fall no faster than
+    `fall` times a linear decay to zero over what is left of the run (1: that decay; inf: no limit).
+
     After either, tangents and the outer optimizer's memory start again: one explosion would dwarf every gradient after.
     A loss that starts at zero gives no scale: then only what is not finite is caught.  For a warm start near zero, or a
     loss with an arbitrary offset, choose `factor` and `excess` yourself.
@@ -45,6 +51,8 @@ class Guard:
     excess: float = 1.0
     chaos_growth: float = 0.003
     chaos_steps: int = 100
+    again: float = 0.0
+    fall: float = math.inf
 
     def __post_init__(self) -> None:
         for name, low in (("factor", 1.0), ("excess", 0.0)):
@@ -52,6 +60,8 @@ class Guard:
         need = "a finite number with shrink > 1"
         number("Guard", "shrink", self.shrink, need, 1.0, math.inf, open_low=True, open_high=True)
         number("Guard", "chaos_growth", self.chaos_growth)
+        number("Guard", "again", self.again, "a share of the run in [0, 1]", 0.0, 1.0)
+        number("Guard", "fall", self.fall, "a number > 0, or inf for no limit", 0.0, open_low=True)
         for name in ("patience", "chaos_steps"):
             whole("Guard", name, getattr(self, name))
         object.__setattr__(self, "shrink_names", names("Guard", "shrink_names", self.shrink_names))
@@ -74,19 +84,36 @@ class Guard:
             return f"chaos: tangents grow by {growth:.4f} a step and h flips its sign"
         return ""
 
-    def shrunk(self, space: Space, phi: Array) -> Array:
-        """(q,) phi with the step sizes divided by `shrink`, within the bounds; phi itself where there are none.
+    def early(self, used: int, steps: int) -> bool:
+        """Whether so little of the run is spent that it can be begun again."""
+        return used <= self.again * steps
+
+    def shrunk(self, space: Space, phi: Array, times: int = 1) -> Array:
+        """(q,) phi with the step sizes divided by `shrink`, `times` over, within the bounds; phi where there are none.
 
         What is not positive is no step size and stays.
         """
         phi = space.check(phi, "Guard.shrunk")
+        return self._divided(space, phi, self.shrink, times)
+
+    def slowed(self, space: Space, phi: Array, target: Array, length: int, left: int) -> Array:
+        """(q,) target, step sizes no lower than `fall` allows after a window of `length` steps with `left` to go."""
+        if math.isinf(self.fall):
+            return target
+        least = self._divided(space, phi, (left + length + 1) / (left + 1), self.fall)
+        return np.where(least < phi, np.maximum(target, least), target)
+
+    def _divided(self, space: Space, phi: Array, base: float, power: float) -> Array:
+        """phi with the step sizes divided by `base**power`."""
         out = phi.copy()
+        with np.errstate(over="ignore"):
+            by = np.power(np.float64(base), power)
         for name in self.shrink_names:
             if name in space:
                 h, where = space[name], space.where(name)
                 x = h.transform.to_natural(phi[where])
                 with np.errstate(divide="ignore"):  # a bound of zero lies at -inf
-                    down = h.transform.to_phi(np.clip(x / self.shrink, *h.bounds))
+                    down = h.transform.to_phi(np.clip(x / by, *h.bounds))
                 out[where] = np.where(x > 0, np.minimum(down, phi[where]), phi[where])
         return np.where(out == phi, phi, space.clip(out))
 

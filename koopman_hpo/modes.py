@@ -52,6 +52,20 @@ class Online:
         fresh = tuner.inner.directions is not None  # new random directions carry nothing
         return 0.0 if fresh else tuner.forget**s.window.length
 
+    def early(self, tuner: Tuner, s: State) -> bool:
+        """Whether training may begin again."""
+        return tuner.guard is not None and tuner.guard.early(s.used, tuner.steps)
+
+    def slowed(self, tuner: Tuner, s: State, target: Array) -> Array:
+        """The phi that a step leads to, no lower than the guard lets it fall."""
+        if tuner.guard is None:
+            return target
+        return tuner.guard.slowed(tuner.inner.space, s.phi, target, s.window.length, self.left(tuner, s))
+
+    def returns(self, tuner: Tuner) -> bool:
+        """Whether the run's start may be gone back to, and so belongs in a checkpoint."""
+        return tuner.guard is not None and tuner.guard.again > 0
+
     def lengthened(self, tuner: Tuner, s: State, estimate: Array) -> State:
         """The state after an estimate that was used."""
         return s
@@ -88,6 +102,15 @@ class Restart:
 
     def kept(self, tuner: Tuner, s: State) -> float | None:
         return None
+
+    def early(self, tuner: Tuner, s: State) -> bool:
+        return False
+
+    def slowed(self, tuner: Tuner, s: State, target: Array) -> Array:
+        return target
+
+    def returns(self, tuner: Tuner) -> bool:
+        return True
 
     def lengthened(self, tuner: Tuner, s: State, estimate: Array) -> State:
         """Double the cut when this outer gradient opposes the last one (horizon continuation)."""

@@ -36,7 +36,7 @@ def pack(tuner: Tuner) -> dict[str, Any]:
     }
     arrays = {f"inner/{k}": v for k, v in tuner.inner.snapshot().items()}  # first: it waits for a card
     arrays |= {f"start/{k}": hosted(v) for k, v in w.start.items()}
-    if w.start is not tuner.initial and tuner.mode == "restart":
+    if w.start is not tuner.initial and tuner.mode_of.returns(tuner):
         arrays |= {f"initial/{k}": v for k, v in tuner.initial.items()}
     arrays |= {f"history/{k}": v for k, v in tuner.history.arrays().items()}
     arrays |= {"phi": s.phi.copy(), "mean": s.outer.mean.copy(), "square": s.outer.square.copy()}
@@ -67,7 +67,7 @@ def unpack(tuner: Tuner, snapshot: Mapping[str, Any]) -> tuple[State, History, d
         raise CheckpointError(f"Tuner.restore: something is missing or of another kind ({error!r}).") from error
     if history.labels != tuner.inner.space.labels:
         raise CheckpointError(f"Tuner.restore: the history is of {history.labels}, expected {tuner.inner.space.labels}.")
-    initial = part("initial/") or (state.window.start if tuner.mode == "restart" else tuner.initial)
+    initial = part("initial/") or (state.window.start if tuner.mode_of.returns(tuner) else tuner.initial)
     _run(tuner, state.window.start, initial, part("inner/"))
     return state._replace(t=tuner.inner.t), history, initial
 

@@ -581,6 +581,10 @@ def test_odd_calls_of_koopman_are_refused(call, error, says):
     *((lambda n=n, x=x: Guard(**{n: x}), HyperparameterError, f"Guard: {n} must be")
       for n in ("factor", "shrink", "excess", "chaos_growth", "patience", "chaos_steps")
       for x in (NAN, "a", None, True, [2.0])),
+    *((lambda x=x: Guard(again=x), HyperparameterError, "Guard: again must be a share of the run")
+      for x in (-0.1, 1.1, NAN, INF, "a", None, True)),
+    *((lambda x=x: Guard(fall=x), HyperparameterError, "Guard: fall must be a number > 0")
+      for x in (0, -1, NAN, "a", None, True)),
     (lambda: Guard(patience=2.5), HyperparameterError, "patience must be a whole number"),
     (lambda: Guard(shrink=INF), HyperparameterError, "shrink must be a finite"),
     (lambda: Guard(shrink_names="lr"), HyperparameterError, r"use \('lr',\)"),

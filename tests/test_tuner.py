@@ -447,6 +447,96 @@ def test_shrinking_moves_the_step_size_alone():
         assert np.exp(shrunk[0]) == pytest.approx(max(np.exp(phi[0]) / 3, 0.05))
 
 
+class Doubting(Guard):
+    """Finds the windows of these numbers excessive: those that end with these numbers of hypergradients recorded."""
+
+    windows = (2, 5)
+
+    def doubt(self, h, lr, start, growth, recent):
+        return "excess: planted" if len(recent) in self.windows else ""
+
+
+def test_an_early_excess_begins_training_again_and_a_late_one_goes_on():
+    tuner = make(Local(), guard=Doubting(again=0.5))
+    first, shrink = tuner.inner.params.copy(), np.array([np.log(3), 0, 0])
+    for t in range(120):
+        tuner.step(BATCHES[t % 40], VAL[0])
+        if t == 39:
+            assert np.array_equal(tuner.inner.params, first)
+            assert tuner.inner.tangent_norm() == 0
+        if t == 99:
+            assert not np.array_equal(tuner.inner.params, first)
+    history = tuner.history
+    assert [e[:21] for e in history.event] == ["", "rolled back: excess: ", "", "", "not used, excess: pla", ""]
+    np.testing.assert_allclose(history.phi[2], history.phi[1] - shrink)
+    np.testing.assert_allclose(history.phi[5], history.phi[4] - shrink)
+    assert tuner.used == 120
+
+
+def test_early_rollbacks_in_a_row_shrink_faster_and_faster():
+    with np.errstate(all="ignore"):
+        history = blow_up(1e9, guard=Guard(again=0.1)).fit([None], [None]).history
+    assert all(e.startswith("rolled back") for e in history.event[:7])
+    want = np.log(3) * np.where(history.step[:7] <= 40, [1, 2, 3, 3, 3, 3, 3], 1)
+    np.testing.assert_allclose(history.move[:7, 0], want, rtol=1e-12)
+    assert len(set(want)) == 3  # late ones among them
+
+
+@pytest.mark.parametrize("fall", [0.5, 1.0, 2.0])
+def test_the_step_size_falls_no_faster_than_a_decay_over_what_is_left(fall):
+    """Every estimate asks for less lr by far: lr is a power of the linear decay, exactly; the others move as they like."""
+    tuner = make(Local(), outer=outer.sgd(5.0, clip=1.0), guard=Guard(fall=fall))
+    tuner.strategy = Always(np.array([1.0, 0.3, -0.2]))
+    phi = tuner.fit(BATCHES, VAL).history.phi
+    left = 120 - 20 * np.arange(6)
+    np.testing.assert_allclose(np.exp(phi[:, 0]), 0.01 * ((left + 1) / 121) ** fall, rtol=1e-12)
+    np.testing.assert_allclose(phi[1, 1:], SPACE.phi0[1:] - [1.5, -1.0])
+
+
+def test_the_step_size_rises_as_if_nothing_limited_its_fall():
+    space = Space(lr=log([0.01, 0.02]), momentum=logit(0.8))
+    phi, target = space.phi0, space.phi0 + np.array([0.7, -0.7, -2.0])
+    moved = Guard(fall=1.0).slowed(space, phi, target, 10, 9)
+    np.testing.assert_allclose(moved, [target[0], phi[1] - np.log(2), target[2]])
+    assert Guard().slowed(space, phi, target, 10, 9) is target
+    np.testing.assert_array_equal(Guard(fall=1e6).slowed(space, phi, target, 10, 9), target)
+    floor = Space(lr=log([0.01, 0.02], bounds=(1e-3, 1)), momentum=logit(0.8))
+    np.testing.assert_allclose(Guard(shrink=1e200).shrunk(floor, phi, 3)[:2], np.log(1e-3))
+
+
+class Always:
+    """A strategy with one answer."""
+
+    mode, snapshots, cut = "online", 1, 0.1
+
+    def __init__(self, value):
+        self.value = value
+
+    def estimate(self, H, ahead):
+        return replace(Local().estimate(H, 0), value=self.value)
+
+
+@pytest.mark.parametrize("stop", [10, 30, 50])
+def test_a_resumed_run_knows_where_training_began(stop):
+    """Resumed by a tuner whose own run stands elsewhere, before and after training has begun again."""
+    guard = Doubting(again=0.5, fall=1.0)
+    object.__setattr__(guard, "windows", (2, 3))
+    whole, first = make(Local(), guard=guard), make(Local(), guard=guard)
+    for t in range(120):
+        whole.step(BATCHES[t % 40], VAL[0])
+    for t in range(stop):
+        first.step(BATCHES[t % 40], VAL[0])
+    moved = inner.sgd(toys.logistic(np.linspace(-1, 1, 5)), SPACE)
+    moved.step(SPACE.phi0, BATCHES[3])
+    second = Tuner(moved, Local(), steps=120, window=20, guard=guard)
+    second.restore(first.snapshot())
+    for t in range(stop, 120):
+        second.step(BATCHES[t % 40], VAL[0])
+    assert [bool(e) for e in whole.history.event] == [False, True, True, False, False, False]
+    assert same(second.history, whole.history)
+    assert np.array_equal(second.inner.params, whole.inner.params)
+
+
 def test_the_outer_optimizer_forgets_after_a_rollback():
     tuner = blow_up(lr=3.0, steps=20)
     tuner.state = tuner.state._replace(outer=tuner.outer.init(1)._replace(square=np.array([1e30]), steps=5))

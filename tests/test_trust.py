@@ -315,6 +315,15 @@ def test_the_estimate_predicts_the_outer_loss_and_the_parameters():
     assert found.edge == pytest.approx(want, rel=1e-6)
 
 
+def test_where_nothing_moves_the_estimate_has_no_edge_and_misses_nothing():
+    still = toys.linear(np.zeros(2), np.zeros(2))
+    run = inner.sgd(still, Space(lr=log(0.1)), momentum=0.9)
+    found = estimate(run, None, None, 50, columns=3)
+    assert found.basis == (0,) * len(found.stages)
+    assert found.edge == found.missed == found.outer_loss == 0
+    np.testing.assert_array_equal(found.params, np.zeros(2))
+
+
 def test_what_spaces_miss_is_told_and_mostly_mended():
     """After a step of phi, as in a search."""
     run, phi = decays(3.0), np.log([1.5, 6.0, 9.0])

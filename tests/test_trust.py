@@ -114,6 +114,16 @@ def test_a_window_of_all_steps_is_exact():
     assert found.cost == 30 * (1 + 2) + 1
 
 
+def test_the_error_tells_of_curvature_that_changes():
+    train, val = ((A, np.where(A @ WEIGHTS > 0, 1.0, -1.0)) for A in (X, XV))
+    run = inner.sgd(toys.logistic(np.zeros(P)), Space(lr=log(0.3), weight_decay=log(0.1)))
+    found = minimise(run, train, val, steps=100, columns=P, tolerance=1e-6, looks=1)
+    for _ in range(100):
+        run.step(found.phi, train)
+    off = np.linalg.norm(found.h - run.hypergradient(val).grad)
+    assert 1e-3 * np.linalg.norm(found.h) < off < np.linalg.norm(found.error)
+
+
 def test_predicts_what_training_with_the_result_gives():
     run = decays()
     found = tuned(run)
@@ -311,8 +321,18 @@ def test_the_estimate_predicts_the_outer_loss_and_the_parameters():
     np.testing.assert_allclose(found.params, run.params, rtol=1e-8)
     assert found.outer_loss == pytest.approx(run.hypergradient(VAL).value, rel=1e-10)
     assert abs(found.missed) < 1e-10 * found.outer_loss
+    assert max(found.bends) < 1e-8
     want = np.linalg.eigvalsh(LR * (X.T @ X / len(X) + 0.1 * np.eye(P)))[-1] / 3.8
     assert found.edge == pytest.approx(want, rel=1e-6)
+
+
+def test_where_nothing_moves_the_estimate_has_no_edge_and_misses_nothing():
+    still = toys.linear(np.zeros(2), np.zeros(2))
+    run = inner.sgd(still, Space(lr=log(0.1)), momentum=0.9)
+    found = estimate(run, None, None, 50, columns=3)
+    assert found.basis == (0,) * len(found.stages)
+    assert found.edge == found.missed == found.outer_loss == 0
+    np.testing.assert_array_equal(found.params, np.zeros(2))
 
 
 def test_what_spaces_miss_is_told_and_mostly_mended():

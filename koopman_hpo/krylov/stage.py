@@ -121,7 +121,7 @@ def path(stage: Stage, model: Model, basis: Basis) -> Path:
         starts.append(y)
         A = frozen.step(small, piece.at.c)[0]
         y = A @ y if piece.steps == 1 else np.linalg.matrix_power(A, piece.steps) @ y
-    return Path(small, spectrum, float(spectrum[-1]) / ceiling, starts, y)
+    return Path(small, spectrum, float(spectrum.max(initial=0.0)) / ceiling, starts, y)
 
 
 def back(stage: Stage, model: Model, way: Path, basis: Basis, adjoint: Adjoint) -> tuple[Adjoint, Array, Array]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.linalg import qr
 
 from ..problem import Array
 
@@ -42,6 +41,8 @@ def selected(basis: Basis, rows: Array) -> Basis:
 def fresh(V: Array, Q: Array, most: int) -> Array:
     """(<= most, p) orthonormal rows that span what V (n, p) adds to Q: projected and re-orthogonalised twice, the largest
     remainder first, dependent rows dropped."""
+    from scipy.linalg import qr
+
     size = np.linalg.norm(V, axis=1)
     V = V[size > 0] / size[size > 0, None]
     for _ in range(2):

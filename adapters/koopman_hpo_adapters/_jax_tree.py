@@ -47,7 +47,8 @@ def owned(x: Any) -> Any:
 
 def same_form(batches: list[Any]) -> bool:
     """Whether batches can be stacked: one tree, one shape and dtype a leaf."""
-    form = lambda batch: (jax.tree.structure(batch), [(np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(batch)])
+    kind = lambda x: (np.shape(x), getattr(x, "dtype", type(x)))
+    form = lambda batch: (jax.tree.structure(batch), [kind(x) for x in jax.tree.leaves(batch)])
     first = form(batches[0])
     return all(batch is batches[0] or form(batch) == first for batch in batches[1:])
 

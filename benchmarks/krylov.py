@@ -128,7 +128,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def constant(rows: list[dict[str, Any]]) -> float | None:
     """The control: share of signs that one direction for all gets right, the mean of the true ones of the other runs."""
-    run = lambda row: (row["group"], row["model"], row["lr"], row["seed"], row["size"])
+    run = lambda row: (row["group"], row["problem"], row["lr"], row["seed"], row["size"])
     unit = np.array([row["true"] for row in rows])
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     right = []

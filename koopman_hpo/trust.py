@@ -16,10 +16,9 @@ from scipy.optimize import BFGS, lsq_linear
 
 from . import krylov
 from .engine import CoreInner
-from .errors import AdapterError, HyperparameterError, flag, number, whole
+from .errors import HyperparameterError, flag, number, whole
 from .guard import Guard
 from .history import History, Record
-from .krylov import frozen
 from .krylov.roll import LOOSE
 from .problem import Array
 
@@ -186,12 +185,7 @@ def minimise(
     of trust region algorithms using inexact gradient information".
     """
     call = "trust.minimise"
-    if not isinstance(run, CoreInner):
-        raise AdapterError(
-            f"{call}: needs a run of the core (koopman_hpo.inner.sgd, adam, adamw or rmsprop on a Problem), got "
-            f"{type(run).__name__}, whose step cannot be frozen. Use Tuner."
-        )
-    frozen.check(call, run.rule)
+    krylov.check_run(call, run)
     warm, steps = flag(call, "warm", warm), whole(call, "steps", steps, 1)
     window = whole(call, "window", window, 0, steps, "It is part of the run.")
     columns, looks = whole(call, "columns", columns, 3), whole(call, "looks", looks, 1)

@@ -61,6 +61,14 @@ def on_card(monkeypatch):
     return lambda: monkeypatch.setattr(_torch_device, "of", Simulated)
 
 
+def test_a_step_on_a_card_is_not_frozen(on_card):
+    on_card()
+    net, x = nn.Linear(4, 3), torch.ones(2, 4)
+    more = {"tune": ("lr",), "val_loss": lambda: net(x).sum(), "strategy": Local(), "steps": 40}
+    hopt = HyperOptimizer(torch.optim.SGD(net.parameters(), 0.1), **more)
+    assert hopt.tuner.inner.beside == "device='cuda'"
+
+
 class Net(nn.Module):
     """Normalised, with dropout, and with a branch that some steps do not use."""
 

@@ -79,7 +79,7 @@ class TorchInner(CoreInner):
 
     @property
     def beside(self) -> str:
-        return "clip_norm" if self._clip is not None else "BatchNorm" if self.losses.statistics.layers else ""
+        return "clip_norm" if self._clip is not None else "BatchNorm" if self.losses.statistics.layers else super().beside
 
     # -- running -------------------------------------------------------------------------------------------------------
 

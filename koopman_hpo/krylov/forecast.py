@@ -82,23 +82,26 @@ class Forecast(koopman.Forecast):
     edge: float = 0.0  # largest curvature met, as a share of that at which training grows; above 1 it diverges
 
 
+_DEFAULTS = Settings()
+
+
 def estimate(
     inner: CoreInner,
     train_batch: Any,
     val_batch: Any,
     steps: int,
     *,
-    columns: int = 24,
-    stages: int = 4,
-    midpoint: bool = True,
+    columns: int = _DEFAULTS.columns,
+    stages: int = _DEFAULTS.stages,
+    midpoint: bool = _DEFAULTS.midpoint,
     noise: str | None = None,
     batches: Sequence[Any] | None = None,
     hvp_batch: Any = None,
-    samples: int = 8,
-    depth: int = 4,
-    tolerance: float = 0.02,
-    gate: float = GATE,
-    seed: int = 0,
+    samples: int = _DEFAULTS.samples,
+    depth: int = _DEFAULTS.depth,
+    tolerance: float = _DEFAULTS.tolerance,
+    gate: float = _DEFAULTS.gate,
+    seed: int = _DEFAULTS.seed,
 ) -> Forecast:
     """The hypergradient `steps` inner steps ahead, from the known dynamics of training; the run does not move.
 
@@ -163,9 +166,9 @@ def check_run(call: str, inner: Any) -> None:
     """
     if not isinstance(inner, CoreInner):
         raise AdapterError(
-            f"{call}: needs a run whose optimizer is known: koopman_hpo.inner.sgd, adam, adamw or rmsprop on a Problem, or "
-            f"torch's. Of {type(inner).__name__}, a train step of one's own, the rule cannot be read. Write the model as "
-            f"jax.problem(...), or use koopman.extrapolate(H, ahead)."
+            f"{call}: needs a run of the core whose optimizer is known: koopman_hpo.inner.sgd, adam, adamw or rmsprop on a "
+            f"Problem, or torch's. Of {type(inner).__name__}, a train step of one's own, the rule cannot be read. Write "
+            f"the model as jax.problem(...), or use koopman.extrapolate(H, ahead)."
         )
     frozen.check(call, inner.rule)
     if inner.beside:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import checks, devices, snapshots, tangent
 from .batches import expect
+from .directions import Directions
 from .errors import AdapterError, HyperparameterError, nearest
 from .hyperparameters import Point, Space
 from .kernels.arrays import Coefficients, Grads, TangentState
@@ -91,15 +92,12 @@ class CoreInner:
         self._fixed = checks.fixed(call, rule, space, fixed, len(self._groups), problem.params.dtype)
         checks.domains(call, rule, space, len(self._groups), problem.params.dtype)
         self._chunk = checks.count(call, "chunk", chunk)
-        self._s = checks.directions(call, directions, space.q)
-        self._rng = np.random.default_rng(checks.seed(call, seed))
+        self._along = Directions(call, directions, space.q, seed)
         self.phi = space.phi0.copy()
         self._t = 0
         kept = checks.kept(call, tangents, self._device.name, problem.params.dtype)
-        self._state = self._device.init(problem.params, rule.slots, self._s or space.q, rule.fill, kept)
+        self._state = self._device.init(problem.params, rule.slots, self._along.count, rule.fill, kept)
         self._connect()
-        self.directions: Array | None = None
-        self._draw()
 
     def _connect(self) -> None:
         """What follows from the rest: the kernel, its layout, and views of the state."""
@@ -124,6 +122,10 @@ class CoreInner:
         return self._t
 
     @property
+    def directions(self) -> Array | None:
+        return self._along.D
+
+    @property
     def params(self) -> Array:
         return self._device.get(self._state.theta)
 
@@ -136,7 +138,7 @@ class CoreInner:
     def settings(self) -> str:
         """The optimizer, its variant, what it holds fixed, its groups and the model: what a checkpoint must fit."""
         fixed = ", ".join(f"{n}={v.tolist()}" for n, v in self._fixed.items())
-        along = "" if self._s is None else f", directions={self._s}"
+        along = "" if self.directions is None else f", directions={self._along.count}"
         return f"{self.rule.name}(flag={self.rule.flag}, fill={self.rule.fill}, {fixed}, groups={self._groups}{along})" + (
             f" of {self.problem.name}" if self.problem.name else ""
         )
@@ -184,9 +186,7 @@ class CoreInner:
         """The derivative of the outer loss on `batch` with respect to the hyperparameters, at the current state."""
         phi, point = self.phi, self._prepare(self.phi).point
         value, dE, direct = self._outer(self._seen.theta, point, batch)
-        h = self._device.project(self._state, dE)
-        if self.directions is not None:
-            h = h @ self.directions / len(self.directions)
+        h = self._along.spread(self._device.project(self._state, dE))
         for name, d in direct.items():
             seed = point.seeds[name]
             h = h + (seed @ d if seed.ndim == 2 else seed * d)
@@ -212,8 +212,8 @@ class CoreInner:
         if not (isinstance(rho, int | float | np.number) and 0 <= rho <= 1):
             raise HyperparameterError(f"inner.forget: rho must lie in [0, 1], got {rho!r}.")
         self._device.forget(self._state, float(rho))
-        if rho == 0:
-            self._draw()
+        if rho == 0 and self._along.draw():
+            self._cache = None
 
     def snapshot(self) -> dict[str, NDArray]:
         """Everything that a resumed run needs, as arrays that stay as they are while training goes on."""
@@ -229,13 +229,7 @@ class CoreInner:
 
     def _snapshot(self, copied: Callable[[Array], Array]) -> dict[str, NDArray]:
         out: dict[str, NDArray] = {k: copied(v) for k, v in zip(_ARRAYS, self._state, strict=True)}
-        out |= {"t": np.array(self.t), "phi": self.phi.copy()}
-        if self.directions is not None:
-            out |= {
-                "directions": self.directions.copy(),
-                "rng": snapshots.stored(self._rng),
-            }
-        return out
+        return out | {"t": np.array(self.t), "phi": self.phi.copy()} | self._along.snapshot()
 
     def restore(self, snapshot: Mapping[str, NDArray]) -> None:
         """Go back to a snapshot of a run of the same model, space and optimizer.
@@ -245,16 +239,14 @@ class CoreInner:
         """
         snapshots.check("inner.restore", snapshot, self._like())
         t, phi = int(snapshot["t"]), np.array(snapshot["phi"])
-        if self.directions is not None:
-            rng = snapshots.generator("inner.restore", snapshot["rng"])
-            self.directions, self._rng = np.array(snapshot["directions"]), rng
+        self._along.restore("inner.restore", snapshot)
         self._device.assign(self._state, TangentState(*(snapshot[name] for name in _ARRAYS)))
         self._t, self.phi, self._cache = t, phi, None
 
     def _like(self) -> dict[str, NDArray]:
         """A snapshot's entries, for their shapes and dtypes."""
         like: dict[str, Any] = dict(zip(_ARRAYS, self._state, strict=True)) | {"phi": self.phi, "t": np.array(self._t)}
-        return like if self.directions is None else like | {"directions": self.directions, "rng": np.array("")}
+        return like | self._along.snapshot()
 
     def dynamics(self) -> Dynamics:
         """Copies of the state, and the model's derivatives at any other one; nothing of the run moves by using them.
@@ -298,12 +290,6 @@ class CoreInner:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _draw(self) -> None:
-        """Fresh random directions, if any."""
-        if self._s is not None:
-            self.directions = tangent.directions(self._rng, self.space.q, self._s)
-            self._cache = None
-
     def _prepare(self, phi: ArrayLike) -> _Cache:
         """Values, seeds and kernel rows for the next step; what has not moved since the last call is kept."""
         if not (type(phi) is np.ndarray and phi.dtype == np.float64 and phi.ndim == 1):
@@ -323,8 +309,7 @@ class CoreInner:
         """Everything that depends on phi: its values, seeds along the tangents' directions, and the kernel's rows."""
         n, s, dtype = len(self._groups), len(self._state.Z), self._state.theta.dtype
         point = self.space.at(phi, t)
-        D = self.directions
-        along = point.seeds if D is None else {name: D @ seed for name, seed in point.seeds.items()}
+        along = {name: self._along.along(seed) for name, seed in point.seeds.items()}
         duals = {}
         for name in self.rule.defaults:
             if name in self.space:

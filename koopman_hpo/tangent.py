@@ -8,7 +8,6 @@ Source: Franceschi et al. 2017, "Forward and reverse gradient-based hyperparamet
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -45,12 +44,6 @@ def step(
 def hypergradient(state: TangentState, dE_dtheta: NDArray) -> NDArray:
     """(q,) derivative of the outer loss through the parameters, `Z dE_dtheta`."""
     return state.Z @ dE_dtheta
-
-
-def directions(rng: np.random.Generator, q: int, s: int) -> NDArray[np.float64]:
-    """(s, q) random directions: orthogonal rows of length sqrt(q), so that `D^T D / s` has the identity as its mean."""
-    basis = np.linalg.qr(rng.normal(size=(q, s)))[0]
-    return math.sqrt(q) * (basis * rng.choice([-1.0, 1.0], s)).T.copy()
 
 
 def forget(state: TangentState, rho: float, scale: Callable[..., None]) -> None:

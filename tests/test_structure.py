@@ -14,7 +14,7 @@ LAYERS = [
     {"problem", "hyperparameters"},
     {"optimizers", "tangent", "batches"},
     {"checks"},
-    {"devices"},
+    {"devices", "directions"},
     {"engine"},
     {"inner"},
     {"koopman", "outer", "exact"},

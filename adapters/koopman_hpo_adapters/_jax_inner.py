@@ -13,8 +13,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpy.typing import ArrayLike, NDArray
 
-from koopman_hpo import checks, snapshots, tangent
+from koopman_hpo import checks, snapshots
 from koopman_hpo.batches import expect
+from koopman_hpo.directions import Directions
 from koopman_hpo.errors import AdapterError, HyperparameterError, ShapeError
 from koopman_hpo.hyperparameters import Space
 from koopman_hpo.problem import Array, Hypergradient, Linearisation
@@ -86,11 +87,8 @@ class JaxInner:
         loss = train_step.loss_at if loss is None and isinstance(train_step, TrainStep) else loss
         self._train, self._val, self._loss = lift(train_step), lift(val_loss), None if loss is None else lift(loss)
         self.space, self._t, self.phi = space, 0, space.phi0.copy()
-        self._s = checks.directions("jax.inner", directions, space.q)
-        self._rng = np.random.default_rng(checks.seed("jax.inner", seed))
-        self.directions: Array | None = None
+        self._random = Directions("jax.inner", directions, space.q, seed)
         self._dtype = np.float64 if any(x.dtype == np.float64 for x in arrays) else np.float32
-        self._draw()
         self.carry = init(arrays, space.q, self._along())
         self._where, self._unravel = self._select(params)
         self._cache: tuple[tuple[bytes, int], Point] | None = None
@@ -126,6 +124,10 @@ class JaxInner:
     def state(self) -> Any:
         """The user's pytree."""
         return self._train.state(self.carry.state)
+
+    @property
+    def directions(self) -> Array | None:
+        return self._random.D
 
     @property
     def params(self) -> Array:
@@ -253,7 +255,7 @@ class JaxInner:
             jnp.zeros_like if rho == 0 else lambda z: z * jnp.asarray(rho, z.dtype)
         )  # zero where the past is not finite too
         if rho == 0:
-            self._draw()
+            self._random.draw()
         self.carry = self.carry._replace(tangents=jax.tree.map(scale, self.carry.tangents), directions=self._along())
 
     def snapshot(self) -> dict[str, NDArray]:
@@ -264,10 +266,7 @@ class JaxInner:
         """A snapshot of JAX's own arrays, where they are, with nothing copied: to go back to, and not for files."""
         out = {f"state/{i}": kept(x) for i, x in enumerate(self.carry.state)}
         out |= {f"Z/{i}": kept(z) for i, z in enumerate(self.carry.tangents) if z is not None}
-        out |= {"t": np.array(self.t), "phi": self.phi.copy()}
-        if self.directions is None:
-            return out
-        return out | {"directions": self.directions.copy(), "rng": snapshots.stored(self._rng)}
+        return out | {"t": np.array(self.t), "phi": self.phi.copy()} | self._random.snapshot()
 
     def mark_params(self) -> Any:
         """`params` where they are."""
@@ -283,9 +282,7 @@ class JaxInner:
         state, Z, _ = self.carry
         state = [loaded(snapshot[f"state/{i}"], x) for i, x in enumerate(state)]
         Z = [None if z is None else loaded(snapshot[f"Z/{i}"], z) for i, z in enumerate(Z)]
-        if self.directions is not None:
-            rng = snapshots.generator("jax.inner.restore", snapshot["rng"])
-            self.directions, self._rng = np.array(snapshot["directions"]), rng
+        self._random.restore("jax.inner.restore", snapshot)
         self.carry = Carry(state, Z, self._along())
         self._t, self.phi = int(snapshot["t"]), np.array(snapshot["phi"])
 
@@ -326,11 +323,6 @@ class JaxInner:
             at = point(self.space, phi, t, self._dtype)
             self._cache = (key, at if self.space.scheduled else jax.device_put(at))  # what stays crosses once
         return phi, self._cache[1]
-
-    def _draw(self) -> None:
-        """Fresh random directions, if any."""
-        if self._s is not None:
-            self.directions = tangent.directions(self._rng, self.space.q, self._s)
 
     def _along(self) -> Any:
         return None if self.directions is None else jnp.asarray(self.directions, self._dtype)

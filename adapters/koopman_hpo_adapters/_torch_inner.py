@@ -117,8 +117,7 @@ class TorchInner(CoreInner):
         found = super().hypergradient(batch)
         if not self.losses.share.any():
             return found
-        share, D = self.losses.share.astype(np.float64), self.directions
-        grad = found.grad + (share if D is None else share @ D / len(D))
+        grad = found.grad + self._along.spread(self.losses.share.astype(np.float64))
         return found._replace(grad=grad, natural=self.space.gradient(self.phi, grad))
 
     def forget(self, rho: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,10 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 from . import checks, devices, snapshots, tangent
 from .batches import expect
 from .directions import Directions
-from .errors import AdapterError, HyperparameterError, nearest
+from .errors import HyperparameterError
 from .hyperparameters import Point, Space
 from .kernels.arrays import Coefficients, Grads, TangentState
 from .optimizers import Dual, Rule
+from .oracle import Oracle
 from .problem import Array, Hypergradient, Linearisation, Problem
 
 _ARRAYS = ("theta", "slots", "Z", "dslots")
@@ -86,9 +86,10 @@ class CoreInner:
         call = f"inner.{rule.name}"
         self._device = devices.of(device)
         checks.problem(call, problem, space)
-        self.problem, self.space, self.rule = problem, space, rule
+        self.space, self.rule = space, rule
         self._groups = checks.groups(call, problem, groups)
         self._loss_names = checks.names(call, problem, space, rule)
+        self._oracle = Oracle(problem, self._device, self._loss_names)
         self._fixed = checks.fixed(call, rule, space, fixed, len(self._groups), problem.params.dtype)
         checks.domains(call, rule, space, len(self._groups), problem.params.dtype)
         self._chunk = checks.count(call, "chunk", chunk)
@@ -120,6 +121,10 @@ class CoreInner:
     @property
     def t(self) -> int:
         return self._t
+
+    @property
+    def problem(self) -> Problem:
+        return self._oracle.problem
 
     @property
     def directions(self) -> Array | None:
@@ -176,6 +181,8 @@ class CoreInner:
         """
         cache = self._prepare(phi)
         loss, grads = self._grad_jvp(cache, batch, tangents)
+        if self._t == 0:
+            self._oracle.expect_finite(loss, grads.g)
         state, coefficients = (self._state, cache.coefficients) if tangents else (self._still, cache.plain)
         tangent.step(state, self._kernel, grads, coefficients, self._layout)
         self._t += 1
@@ -185,7 +192,7 @@ class CoreInner:
     def hypergradient(self, batch: Any) -> Hypergradient:
         """The derivative of the outer loss on `batch` with respect to the hyperparameters, at the current state."""
         phi, point = self.phi, self._prepare(self.phi).point
-        value, dE, direct = self._outer(self._seen.theta, point, batch)
+        value, dE, direct = self._oracle.outer(self._seen.theta, point, batch)
         h = self._along.spread(self._device.project(self._state, dE))
         for name, d in direct.items():
             seed = point.seeds[name]
@@ -261,10 +268,10 @@ class CoreInner:
             self._groups,
             self._fixed,
             self._loss_names,
-            self._grads_at,
-            self._linearised,
-            self._outer_at,
-            self._outer_hvp,
+            self._oracle.grads_at,
+            self._oracle.linearised,
+            self._oracle.outer_at,
+            self._oracle.outer_hvp,
         )
 
     def linearise(self, batch: Any, val_batch: Any = None) -> Linearisation:
@@ -274,9 +281,8 @@ class CoreInner:
         point, theta = self._prepare(self.phi).point, checks.locked(self.params)
         val_batch = batch if val_batch is None else val_batch
         empty = {n: point.seeds[n][:0] for n in self._loss_names}
-        _, grads = self._grads_at(theta, point, np.empty((0, theta.size), theta.dtype), empty, batch)
-
-        push = self._linearised(theta, point, batch, False)
+        _, grads = self._oracle.grads_at(theta, point, np.empty((0, theta.size), theta.dtype), empty, batch)
+        push = self._oracle.linearised(theta, point, batch, False)
 
         def hvp(V: Array) -> Array:
             V = checks.rows("inner.linearise.hvp", V, theta)
@@ -284,9 +290,9 @@ class CoreInner:
             return push(V, still).copy()
 
         def outer_hvp(V: Array) -> Array:
-            return self._outer_hvp(theta, point, checks.rows("inner.linearise.outer_hvp", V, theta), val_batch)
+            return self._oracle.outer_hvp(theta, point, checks.rows("inner.linearise.outer_hvp", V, theta), val_batch)
 
-        return Linearisation(grads.g.copy(), hvp, self._outer_at(theta, point, val_batch)[1].copy(), outer_hvp)
+        return Linearisation(grads.g.copy(), hvp, self._oracle.outer_at(theta, point, val_batch)[1].copy(), outer_hvp)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -323,101 +329,17 @@ class CoreInner:
         plain = Coefficients(coefficients.c, coefficients.dc[:, :0])
         return _Cache(key, checks.locked(phi.copy()), point, loss_seeds, duals, coefficients, plain, [0])
 
-    def _hyper(self, point: Point) -> dict[str, Any]:
-        return {n: point.values[n] for n in self._loss_names}
-
     def _grad_jvp(self, cache: _Cache, batch: Any, tangents: bool) -> tuple[float, Grads]:
         """The model's gradient and tangents, in chunks of directions where asked for, checked before anything moves."""
         theta, Z, none = self._seen
         if not tangents:
-            return self._call(theta, cache.point, none, {n: s[:0] for n, s in cache.along.items()}, batch)
+            return self._oracle.grad_jvp(theta, cache.point, none, {n: s[:0] for n, s in cache.along.items()}, batch)
         chunk = self._chunk or len(Z)
         if len(Z) <= chunk:
-            return self._call(theta, cache.point, Z, cache.along, batch)
+            return self._oracle.grad_jvp(theta, cache.point, Z, cache.along, batch)
         dG = self._device.empty(Z.shape, theta.dtype)
         for a in range(0, len(Z), chunk):
             part = {n: s[a : a + chunk] for n, s in cache.along.items()}
-            loss, grads = self._call(theta, cache.point, Z[a : a + chunk], part, batch)
+            loss, grads = self._oracle.grad_jvp(theta, cache.point, Z[a : a + chunk], part, batch)
             self._device.write(dG[a : a + chunk], grads.dG)
         return loss, Grads(grads.g, dG)
-
-    def _call(self, theta: Array, point: Point, Z: Array, dhyper: Mapping[str, Array], batch: Any) -> tuple[float, Grads]:
-        call = "problem.grad_jvp"
-        out = self.problem.grad_jvp(theta, self._hyper(point), Z, dhyper, batch)
-        if not (isinstance(out, tuple) and len(out) == 3):
-            raise AdapterError(f"{call}: must return (loss, g (p,), dG (q, p)), got {type(out).__name__}.")
-        loss = self._device.number(call, "loss", out[0])
-        g = self._device.array(call, "g", out[1], theta.shape, theta.dtype)
-        dG = self._device.array(call, "dG", out[2], Z.shape, theta.dtype)
-        if self._t == 0 and not (math.isfinite(loss) and self._device.finite(g)):
-            what = f"loss {loss}" if not math.isfinite(loss) else "gradient"
-            raise AdapterError(
-                f"{call}: the inner loss and gradient must be finite at the initial parameters, got a {what} that is "
-                f"not. Look for NaN or inf in the batch, or scale down the initialisation."
-            )
-        return loss, Grads(g, dG)
-
-    def _linearised(
-        self, theta: Array, point: Point, batch: Any, rough: bool
-    ) -> Callable[[Array, Mapping[str, Array]], Array]:
-        """Tangents of the inner gradient at one point, any number of times."""
-        if self.problem.linearise is None:
-            return lambda V, along: self._grads_at(theta, point, V, along, batch)[1].dG
-        call, put = "problem.linearise", self._device.put
-        push = self.problem.linearise(put(theta), self._hyper(point), batch, rough)
-        if not callable(push):
-            raise AdapterError(f"{call}: must return push, (Z (n, p), dhyper) -> dG (n, p), got {type(push).__name__}.")
-        array, read = self._device.array, self._device.read
-        return lambda V, along: read(array(call, "push's dG", push(put(V), along), V.shape, theta.dtype))
-
-    def _outer(self, theta: Array, point: Point, batch: Any) -> tuple[float, Array, dict[str, Array]]:
-        call = "problem.outer"
-        out = self.problem.outer(theta, self._hyper(point), batch)
-        if not (isinstance(out, tuple) and len(out) == 3):
-            raise AdapterError(f"{call}: must return (value, dE_dtheta (p,), {{name: dE_dhyper}}).")
-        if not isinstance(out[2], Mapping):
-            raise AdapterError(
-                f"{call}: the third part must be a dict {{name: dE_dhyper}}, {{}} for none, got {type(out[2]).__name__}."
-            )
-        direct = {}
-        for name, d in out[2].items():
-            if name not in self._loss_names:
-                raise AdapterError(
-                    f"{call}: dE_dhyper names {name!r}, which is not a loss hyperparameter of the space "
-                    f"{self._loss_names}." + nearest(name, self._loss_names)
-                )
-            shape = point.seeds[name].shape[1:]
-            direct[name] = checks.array(call, f"dE_dhyper[{name!r}]", d, shape, np.dtype(np.float64))
-        dE = self._device.array(call, "dE_dtheta", out[1], theta.shape, theta.dtype)
-        return self._device.number(call, "value", out[0]), dE, direct
-
-    # away from the run's own state, on arrays of the host
-
-    def _grads_at(
-        self, theta: Array, point: Point, Z: Array, dhyper: Mapping[str, Array], batch: Any
-    ) -> tuple[float, Grads]:
-        loss, grads = self._call(self._device.put(theta), point, self._device.put(Z), dhyper, batch)
-        return float(loss), Grads(*map(self._device.read, grads))
-
-    def _outer_at(self, theta: Array, point: Point, batch: Any) -> tuple[float, Array, dict[str, Array]]:
-        value, dE, direct = self._outer(self._device.put(theta), point, batch)
-        return value, self._device.read(dE), direct
-
-    def _outer_hvp(self, theta: Array, point: Point, V: Array, batch: Any) -> Array:
-        exact, put = self.problem.outer_hvp, self._device.put
-        if exact is None:
-            return central_hvp(lambda th: self._outer_at(th, point, batch)[1], theta, V)
-        out = exact(put(theta), self._hyper(point), put(V), batch)
-        return np.array(self._device.read(self._device.array("problem.outer_hvp", "result", out, V.shape, theta.dtype)))
-
-
-def central_hvp(gradient: Callable[[Array], Array], theta: Array, V: Array) -> Array:
-    """(n, p) Hessian times each row of V by central differences of a gradient, two calls a row."""
-    out = np.empty_like(V)
-    step = np.finfo(theta.dtype).eps ** (1 / 3) * (1 + np.linalg.norm(theta))
-    for j, v in enumerate(V):
-        size = np.linalg.norm(v)
-        e = v * (step / size) if size > 0 else v
-        ahead = np.array(gradient(theta + e))  # a model may return the same buffer twice
-        out[j] = (ahead - gradient(theta - e)) * (size / (2 * step))
-    return out

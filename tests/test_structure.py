@@ -15,6 +15,7 @@ LAYERS = [
     {"optimizers", "tangent", "batches"},
     {"checks"},
     {"devices", "directions"},
+    {"oracle"},
     {"engine"},
     {"inner"},
     {"koopman", "outer", "exact"},

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from koopman_hpo.engine import central_hvp
 from koopman_hpo.errors import AdapterError
+from koopman_hpo.oracle import central_hvp
 from koopman_hpo.problem import Array
 
 from ._differences import along as differences

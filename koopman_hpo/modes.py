@@ -90,8 +90,8 @@ class Restart:
         return tuner.steps - s.window.length
 
     def lr(self, s: State) -> float:
-        """Default size of an outer step: a fixed stride, since phi is held for a whole run."""
-        return 0.3
+        """Default size of an outer step: a fixed stride, and a long one, since every step costs a run."""
+        return 0.6
 
     def verdict(self, tuner: Tuner, s: State, value: float) -> str:
         """Both losses must have risen.  The validation loss alone may: overfitting is what h will mend."""

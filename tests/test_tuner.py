@@ -75,6 +75,13 @@ def test_moves_against_the_hypergradient_of_the_window():
     assert np.array_equal(tuner.phi, SPACE.phi0 - row.move)
 
 
+def test_restarts_take_strides_of_one_size_however_short_the_run():
+    for cut in (0.1, 0.5):
+        tuner = make(Local(mode="restart", cut=cut), runs=1)
+        move = tuner.fit(BATCHES, VAL).history.move[0]
+        np.testing.assert_allclose(np.abs(move), 0.6, rtol=1e-6)
+
+
 def test_exact_restarts_find_the_best_regularisation():
     """Training loss 1/2 (t - 3)^2 + l2/2 t^2, outer 1/2 (t - 1)^2: training ends at t = 3 / (1 + l2), so l2 = 2."""
 

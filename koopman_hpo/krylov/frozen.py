@@ -159,6 +159,13 @@ class Small(NamedTuple):
     inside: bool  # whether the preconditioner acts before the momentum (rmsprop)
 
 
+def apart(small: Small, spectrum: Array, U: Array) -> Small:
+    """The same as m runs of one column each, where one group and no preconditioner leave eigenvectors U to themselves."""
+    along = lambda v: (v @ U).T[..., None]
+    one = np.ones((len(U), 1, 1, 1))
+    return small._replace(T=spectrum[:, None, None], b=along(small.b), G=one, D=one, P=along(small.P), Y=along(small.Y))
+
+
 def _mix(c: Array, G: Array) -> Array:
     """sum_g c_g G_g."""
     if c.shape[-1] == 1:
@@ -192,6 +199,19 @@ def step(small: Small, c: Array) -> tuple[Array, Array]:
     A[..., :m, 2 * m] -= np.sum(c[DECAY][..., None] * small.Y, axis=-2)
     A[..., 2 * m, 2 * m] = 1
     return A, J
+
+
+def swept(A: Array, lam: Array, y: Array, steps: int) -> tuple[Array, Array]:
+    """`sum_i lambda_{i+1} y_i'` over the steps of a piece, and lambda at its start: one power of a block matrix."""
+    back, first = A.swapaxes(-1, -2), lam[..., :, None] * y[..., None, :]
+    if steps == 1:
+        return first, (back @ lam[..., None])[..., 0]
+    n = A.shape[-1]
+    block = np.zeros((*A.shape[:-2], 2 * n, 2 * n))
+    block[..., :n, :n] = block[..., n:, n:] = back
+    block[..., :n, n:] = first
+    power = np.linalg.matrix_power(block, steps)
+    return power[..., :n, n:], (power[..., :n, :n] @ lam[..., None])[..., 0]
 
 
 def along(f: Callable[[Array], Array], at: Coefficients, batch: int = 0) -> Array:

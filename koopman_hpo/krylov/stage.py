@@ -8,7 +8,6 @@ the cost does not depend on q.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -155,15 +154,10 @@ def back(stage: Stage, model: Model, way: Path, basis: Basis, adjoint: Adjoint) 
     lam, h, D = ends, np.zeros(model.space.q), np.zeros((*small.b.shape, 2 * r + 1))
     for piece, (A, J), y in zip(reversed(stage.pieces), reversed(way.maps), reversed(way.starts), strict=True):
         Gamma, lam = frozen.swept(A, lam, y, piece.steps)
-        h += frozen.along(partial(_contracted, small, Gamma), piece.at, small.b.ndim - 1)
+        h += frozen.sensitivity(small, piece.at, Gamma)
         D += J.swapaxes(-1, -2) @ Gamma[..., : 2 * r, :]
     theta, momentum = _in_basis(way, lam - ends) @ Q
     return Adjoint(adjoint.theta + theta / stage.scale, adjoint.momentum + momentum / stage.unit), h, D
-
-
-def _contracted(small: Small, Gamma: Array, c: Array) -> Array:
-    A = frozen.step(small, c)[0]
-    return np.sum(A * Gamma, axis=tuple(range(1, A.ndim)))
 
 
 def mixed(stage: Stage, model: Model, way: Path, basis: Basis, D: Array, tolerance: float) -> Array:

@@ -1,11 +1,12 @@
 """The model-based operator against the exact hypergradient at the horizon, affine DMD, and the window's last value.
 
-    python benchmarks/krylov.py [--groups full mini noisy adam kmnist] [--data DIR] [--output FILE] [--image FILE]
+    python benchmarks/krylov.py [--groups full mini noisy adam kmnist cnn] [--data DIR] [--output FILE] [--image FILE]
 
 A window is 50 inner steps after 0, 100 or 400 of plain training, its tangents begun anew; the horizon is step 1,000; the
 truth is the same run's hypergradient there.  Digits: softmax regression and an MLP 64-32-10, 800 training and 500
 validation images, three learning rates, three seeds.  Groups: full batch; batches of 32; the same with 20 % random labels;
-Adam, full batch and batches of 32; KMNIST pooled to 14x14, MLP 196-64-10, batches of 64.
+Adam, full batch and batches of 32; KMNIST pooled to 14x14, MLP 196-64-10, batches of 64; MNIST
+likewise, a LeNet in JAX, batches of 50.
 
 Errors are norms relative to the truth's; "constant" is the control, one direction for all windows of a group, made from the
 true ones of its other runs.  One thread; cost is the median of calls that alternate with the window's own 50
@@ -24,13 +25,13 @@ from typing import Any
 
 import numpy as np
 from koopman import cpu, on_one_thread, versions
-from study.problems import Case, Started, start
+from study.problems import NEEDS_DATA, Case, Started, start
 
 from koopman_hpo import koopman
 from koopman_hpo.krylov import estimate
 
 WINDOW, HORIZON, STARTS, SEEDS = 50, 1000, (0, 100, 400), (0, 1, 2)
-GROUPS = ("full", "mini", "noisy", "adam", "kmnist")
+GROUPS = ("full", "mini", "noisy", "adam", "kmnist", "cnn")
 ROUNDS = 3
 
 
@@ -38,6 +39,8 @@ def plan(group: str) -> list[Case]:
     """The runs of a group."""
     if group == "kmnist":
         return [Case("kmnist", lr, seed, 64) for lr in (0.003, 0.02) for seed in (0, 1)]
+    if group == "cnn":
+        return [Case("cnn", lr, seed, 50) for lr in (0.003, 0.02) for seed in (0, 1)]
     if group == "adam":
         rates = (3e-4, 1e-3, 3e-3)
         return [Case("mlp", r, s, size, optimizer="adam") for size in (None, 32) for r in rates for s in SEEDS[:2]]
@@ -197,15 +200,15 @@ def main() -> None:
     on_one_thread()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = pathlib.Path(__file__).parent
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=[g for g in GROUPS if g != "kmnist"])
-    parser.add_argument("--data", type=pathlib.Path, help="folder with the KMNIST test set (.npz)")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=[g for g in GROUPS if g not in NEEDS_DATA])
+    parser.add_argument("--data", type=pathlib.Path, help="folder with the test sets of KMNIST (.npz) and MNIST (.gz)")
     parser.add_argument("--output", type=pathlib.Path, default=here / "results" / "krylov.json")
     parser.add_argument("--image", type=pathlib.Path, help="where to draw the figure of docs/krylov.md")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer for a quick look")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each measurement of the cost")
     arguments = parser.parse_args()
-    if "kmnist" in arguments.groups and arguments.data is None:
-        parser.error("kmnist needs --data")
+    if arguments.data is None and NEEDS_DATA & set(arguments.groups):
+        parser.error(f"{' and '.join(sorted(NEEDS_DATA))} need --data")
     rows: list[dict[str, Any]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -9,6 +9,7 @@ from koopman_hpo_adapters.numpy import mlp, softmax_regression
 
 from koopman_hpo import AdapterError, HyperparameterError, Problem, ShapeError, Space, inner, log, logit
 from koopman_hpo.krylov import Forecast, estimate
+from koopman_hpo.krylov.frozen import Coefficients, Small, along, sensitivity, step
 from koopman_hpo.krylov.noise import covariance
 
 P, T, SHORT = 12, 300, 60
@@ -200,6 +201,26 @@ def test_independent_noise_is_the_plain_recursion():
     for _ in range(13):
         want = step @ want @ step.T + J @ C @ J.T
     np.testing.assert_allclose(covariance(step, J, C, 13, None), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("runs", [(), (5,)])
+def test_the_step_differentiated_backward_is_its_complex_step(nesterov, inside, runs):
+    """With weights on every entry, three groups, and every coefficient moving; also for several runs at once."""
+    draw, m, n, q = np.random.default_rng(3), 4, 3, 7
+    few = lambda *shape: draw.normal(size=(*runs, *shape))
+    small = Small(
+        few(m, m), few(m), few(n, m, m), few(n, m, m), few(n, m), few(n, m), np.array([0.5, 2, 3]), nesterov, inside
+    )
+    at = Coefficients(draw.normal(size=(6, n)), draw.normal(size=(6, q, n)))
+    weights = few(2 * m + 1, 2 * m + 1)
+
+    def contracted(c):
+        A = step(small, c)[0]
+        return np.sum(A * weights, axis=tuple(range(1, A.ndim)))
+
+    np.testing.assert_allclose(sensitivity(small, at, weights), along(contracted, at, len(runs)), rtol=1e-12)
 
 
 # -- a network ------------------------------------------------------------------------------------------------------

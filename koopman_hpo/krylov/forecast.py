@@ -208,7 +208,7 @@ def _rolled(model: Model, plan: Settings, steps: int, now: Array) -> Forecast:
         estimate=value,
         spectrum=tuple(path.spectrum for path in paths),
         stages=tuple(stage.steps for stage, _ in rolled.stages),
-        basis=tuple(path.small.T.shape[-1] for path in paths),
+        basis=tuple(len(path.U) for path in paths),
         hvps=model.hvps,
         gradients=model.gradients,
         mixed=model.mixeds,

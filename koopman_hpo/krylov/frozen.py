@@ -159,10 +159,19 @@ class Small(NamedTuple):
     inside: bool  # whether the preconditioner acts before the momentum (rmsprop)
 
 
+def apart(small: Small, spectrum: Array, U: Array) -> Small:
+    """The same as m runs of one column each, where one group and no preconditioner leave eigenvectors U to themselves."""
+    along = lambda v: (v @ U).T[..., None]
+    one = np.ones((len(U), 1, 1, 1))
+    return small._replace(T=spectrum[:, None, None], b=along(small.b), G=one, D=one, P=along(small.P), Y=along(small.Y))
+
+
 def _mix(c: Array, G: Array) -> Array:
     """sum_g c_g G_g."""
     if c.shape[-1] == 1:
         return c[..., None] * G[..., 0, :, :]
+    if c.ndim == 1 and G.ndim == 3:
+        return np.tensordot(c, G, 1)
     return np.einsum("...g,...gab->...ab", c, G)
 
 
@@ -192,6 +201,60 @@ def step(small: Small, c: Array) -> tuple[Array, Array]:
     A[..., :m, 2 * m] -= np.sum(c[DECAY][..., None] * small.Y, axis=-2)
     A[..., 2 * m, 2 * m] = 1
     return A, J
+
+
+def sensitivity(small: Small, at: Coefficients, weights: Array) -> Array:
+    """(q,) `sum weights * dA / dphi_j` over all of A, `step`'s: differentiated backward, so that q costs nothing."""
+    m, c, G, D = small.T.shape[-1], at.c, small.G, small.D
+    to = lambda X, Y: X.swapaxes(-1, -2) @ Y
+    by = lambda X, Y: X @ Y.swapaxes(-1, -2)
+    mu, given, rate = _mix(c[MU], G), _mix(c[KEEP], G), _mix(c[RATE] / small.rate, G)
+    eye = np.eye(m)
+    turn = eye + _mix(c[SHRINK], D)
+    keep, out = (turn @ given, rate) if small.inside else (given, rate @ turn)
+    total = small.T + _mix(c[WD] * small.rate, D)
+    b = small.b + np.sum(c[WD][..., None] * small.P, axis=-2)
+    forced = eye + mu @ keep if small.nesterov else keep
+    J = np.concatenate([-out @ forced, keep], axis=-2)
+    x, w, one = weights[..., : 2 * m, :m], weights[..., :m, m : 2 * m], weights[..., : 2 * m, 2 * m :]
+    J_ = by(x, total) + one * b[..., None, :]
+    forced_, carried_ = -to(out, J_[..., :m, :]), -to(out, w)
+    out_ = -by(J_[..., :m, :], forced) - by(w, mu @ mu if small.nesterov else mu)
+    mu_, keep_ = weights[..., m : 2 * m, m : 2 * m].copy(), J_[..., m:, :]
+    if small.nesterov:
+        mu_ += by(carried_, mu) + to(mu, carried_) + by(forced_, keep)
+        keep_ = keep_ + to(mu, forced_)
+    else:
+        mu_ += carried_
+        keep_ = keep_ + forced_
+    if small.inside:
+        given_, rate_, turn_ = to(turn, keep_), out_, by(keep_, given)
+    else:
+        given_, rate_, turn_ = keep_, by(out_, turn), to(rate, out_)
+    each = lambda G, X: np.sum(G * X[..., None, :, :], axis=(*range(X.ndim - 2), -2, -1))
+    summed = lambda P, v: np.sum(P * v.swapaxes(-1, -2), axis=(*range(P.ndim - 2), -1))
+    c_ = [
+        each(G, mu_),
+        each(G, given_),
+        each(G, rate_) / small.rate,
+        small.rate * each(D, to(J, x)) + summed(small.P, to(J, one)),
+        -each(G, x[..., :m, :]) - summed(small.Y, one[..., :m, :]),
+        each(D, turn_),
+    ]
+    return np.einsum("iqn,in->q", at.dc, np.array(c_))
+
+
+def swept(A: Array, lam: Array, y: Array, steps: int) -> tuple[Array, Array]:
+    """`sum_i lambda_{i+1} y_i'` over the steps of a piece, and lambda at its start: one power of a block matrix."""
+    back, first = A.swapaxes(-1, -2), lam[..., :, None] * y[..., None, :]
+    if steps == 1:
+        return first, (back @ lam[..., None])[..., 0]
+    n = A.shape[-1]
+    block = np.zeros((*A.shape[:-2], 2 * n, 2 * n))
+    block[..., :n, :n] = block[..., n:, n:] = back
+    block[..., :n, n:] = first
+    power = np.linalg.matrix_power(block, steps)
+    return power[..., :n, n:], (power[..., :n, :n] @ lam[..., None])[..., 0]
 
 
 def along(f: Callable[[Array], Array], at: Coefficients, batch: int = 0) -> Array:

@@ -132,7 +132,7 @@ def backward(model: Model, rolled: Rolled, columns: int, tolerance: float) -> tu
         basis = stages.grown(stage, model, adjoint, split(columns, p)[1], min(LOOSE * tolerance, 0.9))
         way = stages.path(stage, model, basis)
         before, optimizer, D = stages.back(stage, model, way, basis, adjoint)
-        missed += D[:, -1] @ (basis.Q @ stages.mismatch(stage, model, there, gradient))
+        missed += (way.U @ D[..., -1].ravel()) @ (basis.Q @ stages.mismatch(stage, model, there, gradient))
         part = thinned(basis, len(stage.basis.Q))
         coarse = stages.path(stage, model, part)
         rough, optimizer_fewer, _ = stages.back(stage, model, coarse, part, rough)

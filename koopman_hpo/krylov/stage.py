@@ -8,7 +8,6 @@ the cost does not depend on q.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -53,13 +52,15 @@ class Stage(NamedTuple):
 
 
 class Path(NamedTuple):
-    """A stage's way in its basis."""
+    """A stage's way in its basis: r columns that move together, or several such systems (...) that do not meet."""
 
     small: Small
+    U: Array  # (m, m) their columns, in the basis
     spectrum: Array  # (m,) eigenvalues of the step, `rate (H + wd)`, before they were clipped
     edge: float  # largest curvature, as a share of that at which the step would grow
-    starts: list[Array]  # (2m + 1,) coordinates (x, w, 1) before each piece
-    end: Array  # (2m + 1,)
+    maps: list[tuple[Array, Array]]  # of each piece: `frozen.step`
+    starts: list[Array]  # (..., 2r + 1) coordinates (x, w, 1) before each piece
+    end: Array  # (..., 2r + 1)
 
 
 class Adjoint(NamedTuple):
@@ -111,49 +112,52 @@ def path(stage: Stage, model: Model, basis: Basis) -> Path:
         inside=rule.name == "rmsprop",
     )
     ceiling = min(frozen.ceiling(piece.at, small) for piece in stage.pieces)
-    decay = np.einsum("g,gab->ab", stage.pieces[0].at.c[frozen.WD] * stage.rate, small.D)
     low = -max(frozen.floor(piece.at, small, GROWTH / stage.steps) for piece in stage.pieces)
-    total, spectrum = krylov.clipped(small.T, low, SAFETY * ceiling)
-    small = small._replace(T=total - decay)
-    y = np.concatenate([np.zeros(len(Q)), Q @ (start.momentum / stage.unit), [1.0]])
-    starts = []
-    for piece in stage.pieces:
+    total, spectrum, U = krylov.clipped(basis.T, low, SAFETY * ceiling)
+    decay = stage.pieces[0].at.c[frozen.WD] * stage.rate
+    if plain and one and not model.dynamics.loss_names:
+        small = frozen.apart(small, total - decay, U)
+    else:
+        small = small._replace(T=(U * total) @ U.T - np.einsum("g,gab->ab", decay, small.D))
+        U = np.eye(len(Q))
+    y = _coordinates(small, U, np.zeros(len(Q)), Q @ (start.momentum / stage.unit), 1.0)
+    maps, starts = [frozen.step(small, piece.at.c) for piece in stage.pieces], []
+    for (A, _), piece in zip(maps, stage.pieces, strict=True):
         starts.append(y)
-        A = frozen.step(small, piece.at.c)[0]
-        y = A @ y if piece.steps == 1 else np.linalg.matrix_power(A, piece.steps) @ y
-    return Path(small, spectrum, float(spectrum.max(initial=0.0)) / ceiling, starts, y)
+        y = _moved(A, y, piece.steps)
+    return Path(small, U, spectrum, float(spectrum.max(initial=0.0)) / ceiling, maps, starts, y)
+
+
+def _coordinates(small: Small, U: Array, x: Array, w: Array, one: float) -> Array:
+    """(..., 2r + 1) of x and w (m,) in the basis."""
+    x, w = ((a @ U).reshape(small.b.shape) for a in (x, w))
+    return np.concatenate([x, w, np.full((*x.shape[:-1], 1), one)], axis=-1)
+
+
+def _in_basis(way: Path, y: Array) -> Array:
+    """x and w (2, m) in the basis, of coordinates (..., 2r + 1)."""
+    r = way.small.b.shape[-1]
+    return np.stack([y[..., :r].ravel(), y[..., r : 2 * r].ravel()]) @ way.U.T
+
+
+def _moved(A: Array, y: Array, steps: int) -> Array:
+    power = A if steps == 1 else np.linalg.matrix_power(A, steps)
+    return (power @ y[..., None])[..., 0]
 
 
 def back(stage: Stage, model: Model, way: Path, basis: Basis, adjoint: Adjoint) -> tuple[Adjoint, Array, Array]:
     """The adjoint at the stage's start, and what the stage adds to h: (q,) through the optimizer's coefficients, and the
-    sum `Gamma_d` (m, 2m + 1) of the adjoint of the gradient times the state, which the loss's hyperparameters need."""
-    Q, m, q = basis.Q, len(basis.Q), model.space.q
-    ends = np.concatenate([Q @ (stage.scale * adjoint.theta), Q @ (stage.unit * adjoint.momentum), [0.0]])
-    lam, h, D = ends, np.zeros(q), np.zeros((m, 2 * m + 1))
-    for piece, y in zip(reversed(stage.pieces), reversed(way.starts), strict=True):
-        A, J = frozen.step(way.small, piece.at.c)
-        Gamma, lam = _swept(A, lam, y, piece.steps)
-        h += frozen.along(partial(_contracted, way.small, Gamma), piece.at)
-        D += J.T @ Gamma[: 2 * m]
-    theta = adjoint.theta + ((lam - ends)[:m] @ Q) / stage.scale
-    momentum = adjoint.momentum + ((lam - ends)[m : 2 * m] @ Q) / stage.unit
-    return Adjoint(theta, momentum), h, D
-
-
-def _contracted(small: Small, Gamma: Array, c: Array) -> Array:
-    return np.sum(frozen.step(small, c)[0] * Gamma, axis=(-2, -1))
-
-
-def _swept(A: Array, lam: Array, y: Array, steps: int) -> tuple[Array, Array]:
-    """`sum_i lambda_{i+1} y_i'` over the steps of a piece, and lambda at its start: one power of a block matrix."""
-    if steps == 1:
-        return np.outer(lam, y), A.T @ lam
-    n = len(A)
-    block = np.zeros((2 * n, 2 * n))
-    block[:n, :n] = block[n:, n:] = A.T
-    block[:n, n:] = np.outer(lam, y)
-    power = np.linalg.matrix_power(block, steps)
-    return power[:n, n:], power[:n, :n] @ lam
+    sum `Gamma_d` (..., r, 2r + 1) of the adjoint of the gradient times the state, which the loss's hyperparameters need."""
+    Q, small = basis.Q, way.small
+    r = small.b.shape[-1]
+    ends = _coordinates(small, way.U, Q @ (stage.scale * adjoint.theta), Q @ (stage.unit * adjoint.momentum), 0.0)
+    lam, h, D = ends, np.zeros(model.space.q), np.zeros((*small.b.shape, 2 * r + 1))
+    for piece, (A, J), y in zip(reversed(stage.pieces), reversed(way.maps), reversed(way.starts), strict=True):
+        Gamma, lam = frozen.swept(A, lam, y, piece.steps)
+        h += frozen.sensitivity(small, piece.at, Gamma)
+        D += J.swapaxes(-1, -2) @ Gamma[..., : 2 * r, :]
+    theta, momentum = _in_basis(way, lam - ends) @ Q
+    return Adjoint(adjoint.theta + theta / stage.scale, adjoint.momentum + momentum / stage.unit), h, D
 
 
 def mixed(stage: Stage, model: Model, way: Path, basis: Basis, D: Array, tolerance: float) -> Array:
@@ -214,12 +218,11 @@ def _grown(stage: Stage, model: Model, starts: Array, momentum: Array, columns: 
     the way that it goes by itself is more than that beside the way of the first."""
     speed = max(frozen.speed(piece.at, stage.rate) for piece in stage.pieces)
     product, own = operator(stage, model), len(stage.basis.Q)
-    settled = lambda v, time: lambda basis: krylov.left_out(basis, v, time) < tolerance
-    basis = krylov.grow(stage.basis, starts, product, columns, settled(starts[0], stage.steps * speed))
-    way = np.linalg.norm(krylov.flown(basis, starts[0], stage.steps * speed))
+    basis = krylov.grow(stage.basis, starts, product, columns, stage.steps * speed, tolerance)
+    way = np.linalg.norm(krylov.flown(basis, basis.Q @ starts[0], stage.steps * speed))
     if speed * krylov.outside(basis, momentum) <= tolerance * way:
         return basis
-    return krylov.grow(basis, momentum[None], product, columns - (len(basis.Q) - own), settled(momentum, speed))
+    return krylov.grow(basis, momentum[None], product, columns - (len(basis.Q) - own), speed, tolerance)
 
 
 def grown(stage: Stage, model: Model, adjoint: Adjoint, columns: int, tolerance: float) -> Basis:
@@ -238,13 +241,15 @@ def defect(stage: Stage, way: Path, gradient: Array) -> tuple[float, float]:
 def _unforeseen(stage: Stage, way: Path, gradient: Array) -> Array:
     """(p,) the change of the gradient along the stage, in its coordinates, without that of the frozen one."""
     Q = stage.basis.Q
-    return stage.scale * (gradient - stage.gradient) - (way.small.T @ way.end[: len(Q)]) @ Q
+    r = way.small.b.shape[-1]
+    foreseen = way.U @ (way.small.T @ way.end[..., :r, None]).ravel()
+    return stage.scale * (gradient - stage.gradient) - foreseen @ Q
 
 
 def mismatch(stage: Stage, model: Model, way: Path, gradient: Array) -> Array:
     """(p,) the true gradient (p,) at the stage's end with its decay, without the frozen one, in the stage's coordinates."""
     Q = stage.basis.Q
-    decay = spread(stage.pieces[-1].at.c[frozen.WD], model) * stage.scale**2 * (way.end[: len(Q)] @ Q)
+    decay = spread(stage.pieces[-1].at.c[frozen.WD], model) * stage.scale**2 * (_in_basis(way, way.end)[0] @ Q)
     return _unforeseen(stage, way, gradient) + decay - (Q @ decay) @ Q
 
 
@@ -260,17 +265,14 @@ def moved(stage: Stage, there: State, model: Model) -> float:
 
 def where(stage: Stage, way: Path, steps: int) -> Array:
     """(p,) the parameters after some steps, also beyond the stage's end, with its last coefficients."""
-    A = frozen.step(way.small, stage.pieces[-1].at.c)[0]
-    y = np.linalg.matrix_power(A, steps) @ way.starts[0]
-    m = len(stage.basis.Q)
-    return stage.start.theta + stage.scale * (y[:m] @ stage.basis.Q)
+    y = _moved(way.maps[-1][0], way.starts[0], steps)
+    return stage.start.theta + stage.scale * (_in_basis(way, y)[0] @ stage.basis.Q)
 
 
 def end(stage: Stage, way: Path) -> State:
     """The state after the stage; the squares follow when the gradient there is known."""
-    m, Q = len(stage.basis.Q), stage.basis.Q
-    theta = stage.start.theta + stage.scale * (way.end[:m] @ Q)
-    momentum = stage.unit * (way.end[m : 2 * m] @ Q)
+    x, w = _in_basis(way, way.end) @ stage.basis.Q
+    theta, momentum = stage.start.theta + stage.scale * x, stage.unit * w
     return stage.start._replace(theta=theta, momentum=momentum, t=stage.start.t + stage.steps)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from koopman_hpo import Global, Glocal, Local
+from koopman_hpo import Global, Glocal, Guard, Local, outer
 
 from . import blackbox, more_tasks, peers
 from .methods import CHANCE, Cost, Point, Trace, cosine, cost, expected, point, rounded, standing, train, tuned
@@ -43,12 +43,16 @@ STARTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RATES = np.geomspace(1e-4, 1.0, 9)
 FIRST_SEED = 10  # constants were chosen on seeds from 100 on
 GLOBAL_RUNS, BRACKETS = 8, 6
-ONE_RUN = ("untuned", "hypergradient descent", "local", "glocal", "glocal, 5 a window", "global")
+ONLINE = ("local", "glocal", "glocal, 5 a window", "local, guarded", "glocal, guarded")
+ONE_RUN = ("untuned", "hypergradient descent", *ONLINE, "global")
+GUARDED = {"outer": outer.adam(0.25), "guard": Guard(again=0.3, fall=1.0)}  # chosen on seeds from 100 on
 BLACK_BOX = ("random", "random, cosine", "tpe", "tpe, cosine", "halving", "grid", "grid, cosine")
 NAMES = {
     "local": "**local, online**",
     "glocal": "**glocal, online**",
     "glocal, 5 a window": "**glocal, online, 5 snapshots a window**",
+    "local, guarded": "**local, online, guarded**",
+    "glocal, guarded": "**glocal, online, guarded, 5 snapshots a window**",
     "global": f"true global, {GLOBAL_RUNS} runs",
     "random": "random search",
     "random, cosine": "random search, cosine schedule",
@@ -72,6 +76,8 @@ def one_run(method: str, task: Task, c: Cost) -> Trace:
         "local": (Local(), {}),
         "glocal": (Glocal(), {}),
         "glocal, 5 a window": (Glocal(), {"every": 5}),
+        "local, guarded": (Local(), GUARDED),
+        "glocal, guarded": (Glocal(), GUARDED | {"every": 5}),
         "global": (Global(), {"runs": GLOBAL_RUNS}),
     }
     strategy, more = settings[method]
@@ -181,7 +187,7 @@ def table_block(record: dict[str, Any]) -> str:
     parts = []
     for setting in measured(record):
         rows: list[list[Any]] = []
-        for method in ONE_RUN:
+        for method in (m for m in ONE_RUN if m in methods(record)):
             runs, accuracy = (float(np.mean(by_start(record, setting, method, what))) for what in ("runs", "accuracy"))
             rows.append([NAMES.get(method, method), runs, *spread(by_start(record, setting, method)), share(accuracy)])
         for method in (m for m in [*BLACK_BOX, "prodigy", "prodigy, cosine"] if m in methods(record)):
@@ -216,7 +222,7 @@ def verdict_block(record: dict[str, Any]) -> str:
     lines = []
     for setting in measured(record):
         goal = twenty(record, setting)
-        for method in ("local", "glocal", "glocal, 5 a window"):
+        for method in (m for m in ONLINE if m in methods(record)):
             test = by_start(record, setting, method)
             mean, spread = test.mean(axis=0), float(np.mean(test.max(axis=1) / test.min(axis=1) - 1))
             reached = int(np.sum(mean <= goal))
@@ -244,10 +250,10 @@ def rivals_block(record: dict[str, Any]) -> str:
     """What was best of all, and what hypergradient descent does for the price of one run."""
     lines = []
     for setting in measured(record):
-        mean = {m: float(by_start(record, setting, m).mean()) for m in ONE_RUN}
+        mean = {m: float(by_start(record, setting, m).mean()) for m in ONE_RUN if m in methods(record)}
         ends = {m: curve(record, setting, m) for m in BLACK_BOX if m in methods(record)}
         best = min(ends, key=lambda m: ends[m][1][-1])
-        ours = min((m for m in ONE_RUN if "local" in m or "glocal" in m), key=lambda m: mean[m])
+        ours = min((m for m in ONLINE if m in mean), key=lambda m: mean[m])
         runs, found = ends[best]
         start = loss(by_start(record, setting, ours).mean(axis=0).min())
         lines.append(
@@ -278,6 +284,8 @@ OURS = {
     "local": ("#f57900", "o"),
     "glocal": ("#cc0000", "s"),
     "glocal, 5 a window": ("#a40000", "D"),
+    "local, guarded": ("#c4a000", "P"),
+    "glocal, guarded": ("#8f5902", "X"),
     "global": ("#5c3566", "^"),
 }
 

@@ -324,3 +324,27 @@ def test_the_verdict_speaks_of_the_tasks_measured_and_of_their_worst_start():
     assert "KMNIST" not in tuning.table_block(found) + tuning.cost_block(found)
     assert "MNIST, LeNet" in tuning.missing_block(found)
     assert len(tuning.FIGURES["evidence_tuning.png"](found).axes) == 3
+
+
+def test_the_wide_network_is_the_published_one_and_its_class_weights_are_tuned(monkeypatch):
+    pytest.importorskip("torch")
+    from study import wide
+
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(wide, "kmnist", lambda data: (rng.random((6000, 28, 28)), np.arange(6000) % 10))
+    # WRN-28-2 has 1,467,610; its first convolution has 3 channels in and 16 out, here 1 and 32, so that one skip is none
+    other = (9 * 32 - 9 * 3 * 16) + 2 * (32 - 16) + 9 * (32 - 16) * 32 - 16 * 32
+    assert sum(p.numel() for p in wide.network(wide.TRUE, 0).parameters()) == 1_467_610 + other
+    size = wide.SMALL._replace(base=2, pooled=4, steps=4, window=2, validate=30, test=50, runs=1)
+    data = wide.images(None, size, 0)
+    assert data.train[1].bincount().tolist()[::9] == [300, 6]
+    made, _ = wide.run(data, size, 0)
+    made.step(made.space.phi0, data.batch(0))
+    h = made.hypergradient(data.val).grad
+    absent = [c for c in range(10) if c not in data.batch(0)[1].tolist()]
+    assert made.space.q == 10
+    assert (h[absent] == 0).all()
+    assert np.count_nonzero(h) == 10 - len(absent)
+    rows = [wide.row((m, 0), None, size, "cpu") for m in wide.METHODS]
+    assert [line[0] for line in wide.lines(rows)] == list(wide.METHODS)
+    assert all(np.isfinite(r["found"]).all() for r in rows)

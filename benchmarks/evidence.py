@@ -51,15 +51,17 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, help="folder with MNIST (idx) and KMNIST (npz)")
     parser.add_argument("--jobs", type=int, default=1, help="processes that train")
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "koopman-hpo-study")
+    parser.add_argument("--gpu", action="store_true", help="the wide residual network at its true size, on a CUDA device")
     parser.add_argument("--page", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
     unknown = set(arguments.sections) - set(SECTIONS)
     if unknown:
         parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
     if not arguments.page:
-        settings = Settings(arguments.full, arguments.data, arguments.cache, arguments.jobs)
+        settings = Settings(arguments.full, arguments.data, arguments.cache, arguments.jobs, arguments.gpu)
         for name in arguments.sections or SECTIONS:
             measure(name, settings)
+            print(f"{name}: {json.loads(stored(name).read_text())['seconds']} s", flush=True)
     page.write({name: json.loads(stored(name).read_text()) for name in SECTIONS if stored(name).exists()})
 
 

@@ -130,6 +130,7 @@ def cpu() -> str:
 def on_one_thread() -> None:
     """Start anew with one thread for every library: they read it when they are loaded."""
     one = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+    one["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     if not os.environ.items() >= one.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | one)
 

@@ -15,21 +15,21 @@ from koopman_hpo import Global, Local, Space, log, logit
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("sklearn")
-from study import blackbox, crossing, methods, peers, restarts, tasks, tuning
+from study import blackbox, crossing, methods, more_tasks, page, paper, peers, restarts, tasks, tuning
 from study.methods import CHANCE, Cost, Point
 
 COST = Cost(tangent=2.0, hypergradient=3.0)
 
 
-def task(steps=40, **settings):
+def task(steps=40, penalty="l2", **settings):
     rng = np.random.default_rng(0)
     X = rng.normal(size=(300, 5))
     y = np.argmax(X[:, :3], axis=1)
     part = lambda a, b: (X[a:b], y[a:b])
     return tasks.Task(
         mlp((5, 4, 3), seed=0),
-        Space(lr=log(0.1), momentum=logit(0.5), l2=log(1e-4)),
-        {"lr": (1e-3, 1.0), "momentum": (0.1, 0.9), "l2": (1e-6, 0.1)},
+        Space(lr=log(0.1), momentum=logit(0.5), **{penalty: log(0.01)}),
+        {"lr": (1e-3, 1.0), "momentum": (0.1, 0.9), penalty: (1e-6, 0.1)},
         steps,
         tasks.feed(part(0, 100), 20, 0),
         part(100, 200),
@@ -52,6 +52,7 @@ def test_expected_is_the_mean_over_all_subsets(n):
 def test_a_run_that_diverged_counts_as_chance_and_is_never_preferred():
     trace = [Point(1.0, math.inf, math.inf, 0.1), Point(2.0, 0.5, 0.7, 0.9)]
     assert methods.expected(trace, 1) == pytest.approx((0.7 + CHANCE) / 2)
+    assert methods.expected(trace, 1, chance=0.9) == pytest.approx(0.8)
     assert methods.expected(trace, 2) == pytest.approx(0.7)
     assert [p.test for p in methods.standing(trace)] == [math.inf, 0.7]
 
@@ -108,11 +109,71 @@ def test_a_cosine_schedule_begins_at_the_rate_and_ends_near_nothing():
     assert (at(phi, 20)[1:] == phi[1:]).all()
 
 
-def test_hypergradient_descent_with_rate_zero_is_plain_training():
-    t = task()
+@pytest.mark.parametrize("penalty", ["l2", "weight_decay"])
+def test_hypergradient_descent_with_rate_zero_is_plain_training(penalty):
+    t = task(penalty=penalty)
     plain = methods.train(t, t.space.phi0)
     assert peers.hypergradient_descent(t, 0.0)[1:] == pytest.approx(plain, rel=1e-9)
     assert peers.hypergradient_descent(t, 0.1).val != pytest.approx(plain.val, rel=1e-3)
+
+
+def test_a_regression_that_predicts_the_mean_explains_nothing():
+    t = more_tasks.tabular(None, 3)
+    theta = np.zeros_like(t.model.params)  # all outputs are the last bias
+    theta[-1] = t.test[1].mean()
+    quality = t.quality(theta)
+    assert quality.test == pytest.approx(t.chance) == pytest.approx(np.mean((t.test[1] - t.test[1].mean()) ** 2) / 2)
+    assert quality.accuracy == pytest.approx(0.0)
+    assert t.quality(np.full_like(theta, np.nan)) == (math.inf, math.inf, 0.0)
+    assert len(np.unique(np.concatenate([t.val[0], t.test[0]]), axis=0)) == 221
+    better = methods.train(t.starting(lr=0.003), t.space.phi0)
+    assert better.test == pytest.approx((1 - better.accuracy) * t.chance)
+    assert better.test < t.chance
+
+
+def test_the_jax_tasks_hit_as_often_as_their_logits_say(monkeypatch):
+    pytest.importorskip("jax")
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(more_tasks.problems, "mnist", lambda data: (rng.random((5000, 28, 28)), rng.integers(0, 10, 5000)))
+    for t, classes in ((more_tasks.lenet(None, 1), 10), (more_tasks.characters(None, 1), 40)):
+        X, y = (part[:50] for part in t.test)
+        model = t.model
+        logits = np.asarray(model.logits(model.unravel(model.params), X), np.float64)
+        assert logits.shape == (*y.shape, classes)
+        hits = [row.argmax() == k for row, k in zip(logits.reshape(-1, classes), y.ravel(), strict=True)]
+        assert model.accuracy(model.params, X, y) == pytest.approx(np.mean(hits))
+        z = np.log(np.exp(logits).sum(axis=-1)) - np.take_along_axis(logits, y[..., None], -1)[..., 0]
+        assert model.outer(model.params, {}, (X, y))[0] == pytest.approx(z.mean(), rel=1e-5)
+        assert t.chance == pytest.approx(math.log(classes))
+
+
+def test_what_the_recurrent_network_is_tested_on_comes_after_all_that_it_sees():
+    pytest.importorskip("jax")
+    from study import networks
+
+    codes, t = networks._codes(), more_tasks.characters(None, 1)
+    first = lambda X: {tuple(x) for x in X}
+    places = {tuple(codes[i : i + 16]) for i in range(networks.SEEN - 20)}
+    shown = first(t.batch(0)[0]) | first(t.val[0])
+    assert shown <= places
+    assert len(first(t.test[0]) & places) < 0.2 * len(t.test[0])  # what the text repeats
+
+
+def test_a_convolution_by_one_product_is_a_convolution():
+    jax = pytest.importorskip("jax")
+    from study.networks import convolved
+
+    rng = np.random.default_rng(0)
+    X, w = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 7, 6, 2), (5, 5, 2, 4)))
+    want = jax.lax.conv_general_dilated(X, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(convolved(X, w), want, rtol=1e-4, atol=1e-4)
+
+
+def test_prodigy_trains_on_the_models_own_gradient():
+    pytest.importorskip("prodigyopt")
+    pytest.importorskip("torch")
+    t = task(steps=100)
+    assert peers.prodigy(t, cosine=False).test < 0.8 * t.quality(t.model.params).test
 
 
 def test_a_path_of_whole_runs_is_what_the_tuner_finds():
@@ -225,3 +286,65 @@ def test_needed_is_from_where_a_mean_curve_stays_as_low():
     assert tuning.needed(found, "clean", "tpe", 0.8) == 3.0
     assert tuning.needed(found, "clean", "tpe", 1.0) == 1.0
     assert tuning.needed(found, "clean", "tpe", 0.5) == math.inf
+
+
+def test_a_task_is_measured_where_what_it_needs_is_there():
+    found = {name for name, setting in tuning.TASKS.items() if setting.available(None)}
+    assert "tabular" in found
+    assert not found & {"clean", "noisy", "cnn"}
+
+
+def test_the_page_has_a_place_for_every_block_and_picture():
+    text = (page.DOCS / "evidence.md").read_text(encoding="utf-8")
+    for section in (tuning, crossing, restarts, paper):
+        for name in section.BLOCKS:
+            assert text.count(f"<!-- {name} -->\n") == text.count(f"<!-- /{name} -->") == 1, name
+        for name in section.FIGURES:
+            assert f"(images/{name})" in text, name
+
+
+def tuning_rows(setting, worst):
+    """One seed: every one-run method as good from all starts but the last, and a random search that always finds 1.0."""
+    rows = [
+        {"setting": setting, "seed": 10, "method": m, "start": lr, "trace": [[2.0, 0.5, worst if lr == 1.0 else 0.8, 0.7]]}
+        for m in tuning.ONE_RUN
+        for lr in tuning.starts_of(m)
+    ]
+    for method in ("random", "random, cosine", "halving", "grid", "grid, cosine"):
+        trace = [[i + 1.0, 1.0, 1.0, 0.5] for i in range(25)]
+        rows.append({"setting": setting, "seed": 10, "method": method, "start": None, "trace": trace})
+    return rows
+
+
+def test_the_verdict_speaks_of_the_tasks_measured_and_of_their_worst_start():
+    found = record(costs={"tabular": [2.0, 3.0]}, chance={"tabular": 0.9}, rows=tuning_rows("tabular", 1.2))
+    said = tuning.verdict_block(found)
+    assert said.count("\n") + 1 == len(tuning.ONLINE)
+    assert "20 random runs reach 0.900, as good from 4 of 5 starts; the worst start loses 50 % to the best." in said
+    assert "KMNIST" not in tuning.table_block(found) + tuning.cost_block(found)
+    assert "MNIST, LeNet" in tuning.missing_block(found)
+    assert len(tuning.FIGURES["evidence_tuning.png"](found).axes) == 3
+
+
+def test_the_wide_network_is_the_published_one_and_its_class_weights_are_tuned(monkeypatch):
+    pytest.importorskip("torch")
+    from study import wide
+
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(wide, "kmnist", lambda data: (rng.random((6000, 28, 28)), np.arange(6000) % 10))
+    # WRN-28-2 has 1,467,610; its first convolution has 3 channels in and 16 out, here 1 and 32, so that one skip is none
+    other = (9 * 32 - 9 * 3 * 16) + 2 * (32 - 16) + 9 * (32 - 16) * 32 - 16 * 32
+    assert sum(p.numel() for p in wide.network(wide.TRUE, 0).parameters()) == 1_467_610 + other
+    size = wide.SMALL._replace(base=2, pooled=4, steps=4, window=2, validate=30, test=50, runs=1)
+    data = wide.images(None, size, 0)
+    assert data.train[1].bincount().tolist()[::9] == [300, 6]
+    made, _ = wide.run(data, size, 0)
+    made.step(made.space.phi0, data.batch(0))
+    h = made.hypergradient(data.val).grad
+    absent = [c for c in range(10) if c not in data.batch(0)[1].tolist()]
+    assert made.space.q == 10
+    assert (h[absent] == 0).all()
+    assert np.count_nonzero(h) == 10 - len(absent)
+    rows = [wide.row((m, 0), None, size, "cpu") for m in wide.METHODS]
+    assert [line[0] for line in wide.lines(rows)] == list(wide.METHODS)
+    assert all(np.isfinite(r["found"]).all() for r in rows)

@@ -19,7 +19,7 @@ from koopman_hpo import Tuner
 from .tasks import CLASSES, Quality, Task
 
 Array = np.ndarray
-CHANCE = math.log(CLASSES)  # the loss of even odds: what a model that has diverged counts as
+CHANCE = math.log(CLASSES)  # of ten classes: what a model that has diverged counts as
 
 
 class Cost(NamedTuple):
@@ -64,7 +64,7 @@ def train(task: Task, phi: Array, at: Callable[[Array, int], Array] | None = Non
     with np.errstate(all="ignore"):
         for t in range(task.steps):
             if not math.isfinite(run.step(phi if at is None else at(phi, t), task.batch(t), tangents=False)):
-                return Quality(math.inf, math.inf, 1 / CLASSES)
+                return task.failed
     return task.quality(run.params)
 
 
@@ -104,12 +104,12 @@ def standing(trace: Trace) -> Trace:
     return out
 
 
-def expected(trace: Trace, n: int) -> float:
+def expected(trace: Trace, n: int, chance: float = CHANCE) -> float:
     """Test loss of the best by validation loss of n points of the trace drawn at random: exact, no sampling."""
     ranked = sorted(trace, key=lambda p: p.val)
     N = len(ranked)
     share = [math.comb(N - i - 1, n - 1) / math.comb(N, n) for i in range(N - n + 1)]
-    return float(sum(w * min(p.test, CHANCE) for w, p in zip(share, ranked, strict=False) if w > 0))
+    return float(sum(w * min(p.test, chance) for w, p in zip(share, ranked, strict=False) if w > 0))
 
 
 def curve(trace: Trace, ordered: bool) -> list[tuple[int, float]]:

@@ -78,7 +78,18 @@ def measure(settings: Settings) -> dict[str, Any]:
     seeds = range(FIRST_SEED, FIRST_SEED + (5 if settings.full else 2))
     steps, jobs = (2000 if settings.full else STEPS), [(o, s) for o in STARTS for s in seeds]
     done = settings.map(partial(rows, data=settings.data, steps=steps), jobs)
-    return {"steps": steps, "runs": RUNS, "rows": [r for part in done for r in part]}
+    found = {"steps": steps, "runs": RUNS, "rows": [r for part in done for r in part]}
+    return found | ({"wide": reweighted(settings)} if find_spec("torch") else {})
+
+
+def reweighted(settings: Settings) -> dict[str, Any]:
+    """The wide residual network: its size, and every method on every seed."""
+    from . import wide
+
+    size = wide.TRUE if settings.gpu else wide.FULL if settings.full else wide.SMALL
+    job = partial(wide.row, data=settings.data, size=size, device="cuda" if settings.gpu else "cpu")
+    jobs = [(m, s) for s in range(FIRST_SEED, FIRST_SEED + (3 if settings.full else 1)) for m in reversed(wide.METHODS)]
+    return {"size": size._asdict(), "rows": [job(j) for j in jobs] if settings.gpu else settings.map(job, jobs)}
 
 
 def whole(x: float | None) -> float:
@@ -127,5 +138,21 @@ def verdict(record: dict[str, Any]) -> str:
     return " ".join(out)
 
 
-BLOCKS = {"paper.table": block, "paper.verdict": verdict}
+def wide_block(record: dict[str, Any]) -> str:
+    """The wide residual network: losses, and times beside each other."""
+    if not record["results"].get("wide"):
+        return "Not measured: it needs KMNIST (--data) and torch."
+    from . import wide
+
+    size, rows = record["results"]["wide"]["size"], record["results"]["wide"]["rows"]
+    n, side = len({r["seed"] for r in rows}), 28 // size["pooled"]
+    about = (
+        f"WRN-{size['depth']}, {size['base']} to {4 * size['base']} channels, {size['steps']:,} steps of {size['batch']}, "
+        f"{side}x{side} pixels; true global takes {size['runs']} runs and the last. "
+        f"{'One seed' if n == 1 else f'Means over {n} seeds'}."
+    )
+    return f"{about}\n\n{table(['class weights (q = 10)', 'test loss', 'accuracy', 'time, plain runs'], wide.lines(rows))}"
+
+
+BLOCKS = {"paper.table": block, "paper.verdict": verdict, "paper.wide": wide_block}
 FIGURES: dict[str, Any] = {}

@@ -3,31 +3,56 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from koopman_hpo import Global, Glocal, Local
+from koopman_hpo import Global, Glocal, Guard, Local, outer
 
-from . import blackbox, peers
-from .methods import CHANCE, Cost, Point, Trace, cosine, cost, expected, point, rounded, seeds, standing, train, tuned
+from . import blackbox, more_tasks, peers
+from .methods import CHANCE, Cost, Point, Trace, cosine, cost, expected, point, rounded, standing, train, tuned
 from .page import canvas, number, percent, table
 from .settings import Settings
 from .tasks import Task, noisy, plain
 
-TASKS = {"clean": plain, "noisy": noisy}
-LABELS = {"clean": "KMNIST", "noisy": "KMNIST, 30 % random labels"}
+
+class Setting(NamedTuple):
+    """What is tuned; seeds and trials of the small and of the full tier: fewer where a run is dear."""
+
+    label: str
+    make: Callable[[Any, int], Task]  # (data, seed)
+    needs: tuple[str, ...] = ()  # "data", "jax"
+    seeds: tuple[int, int] = (3, 5)
+    trials: tuple[int, int] = (30, 60)
+
+    def available(self, data: Any) -> bool:
+        return ("data" not in self.needs or data is not None) and ("jax" not in self.needs or bool(find_spec("jax")))
+
+
+TASKS = {
+    "clean": Setting("KMNIST", plain, ("data",)),
+    "noisy": Setting("KMNIST, 30 % random labels", noisy, ("data",)),
+    "tabular": Setting("diabetes, a regression", more_tasks.tabular),
+    "cnn": Setting("MNIST, LeNet", more_tasks.lenet, ("data", "jax"), (2, 5), (20, 60)),
+    "characters": Setting("characters, recurrent", more_tasks.characters, ("jax",), (2, 5), (20, 60)),
+}
 STARTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RATES = np.geomspace(1e-4, 1.0, 9)
 FIRST_SEED = 10  # constants were chosen on seeds from 100 on
 GLOBAL_RUNS, BRACKETS = 8, 6
-ONE_RUN = ("untuned", "hypergradient descent", "local", "glocal", "glocal, 5 a window", "global")
+ONLINE = ("local", "glocal", "glocal, 5 a window", "local, guarded", "glocal, guarded")
+ONE_RUN = ("untuned", "hypergradient descent", *ONLINE, "global")
+GUARDED = {"outer": outer.adam(0.25), "guard": Guard(again=0.3, fall=1.0)}  # chosen on seeds from 100 on
 BLACK_BOX = ("random", "random, cosine", "tpe", "tpe, cosine", "halving", "grid", "grid, cosine")
 NAMES = {
     "local": "**local, online**",
     "glocal": "**glocal, online**",
     "glocal, 5 a window": "**glocal, online, 5 snapshots a window**",
+    "local, guarded": "**local, online, guarded**",
+    "glocal, guarded": "**glocal, online, guarded, 5 snapshots a window**",
     "global": f"true global, {GLOBAL_RUNS} runs",
     "random": "random search",
     "random, cosine": "random search, cosine schedule",
@@ -51,6 +76,8 @@ def one_run(method: str, task: Task, c: Cost) -> Trace:
         "local": (Local(), {}),
         "glocal": (Glocal(), {}),
         "glocal, 5 a window": (Glocal(), {"every": 5}),
+        "local, guarded": (Local(), GUARDED),
+        "glocal, guarded": (Glocal(), GUARDED | {"every": 5}),
         "global": (Global(), {"runs": GLOBAL_RUNS}),
     }
     strategy, more = settings[method]
@@ -69,33 +96,43 @@ def black_box(method: str, task: Task, c: Cost, n: int, seed: int) -> Trace:
     return search(task, c, n, seed, at)
 
 
-def row(job: tuple[str, int, str, float | None], data: Any, costs: dict[str, Cost], n: int) -> dict[str, Any]:
+def row(job: tuple[str, int, str, float | None], data: Any, costs: dict[str, Cost], full: bool) -> dict[str, Any]:
     """One method on one task: its trace."""
     setting, seed, method, start = job
-    task, c = TASKS[setting](data, seed), costs[setting]
+    task, c, n = TASKS[setting].make(data, seed), costs[setting], TASKS[setting].trials[full]
     trace = black_box(method, task, c, n, seed) if start is None else one_run(method, task.starting(lr=start), c)
     return {"setting": setting, "seed": seed, "method": method, "start": start, "trace": rounded(trace)}
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    if settings.data is None:
-        return {}
-    seeds, n = (range(FIRST_SEED, FIRST_SEED + 5), 60) if settings.full else (range(FIRST_SEED, FIRST_SEED + 3), 30)
-    costs = {name: cost(make(settings.data, FIRST_SEED)) for name, make in TASKS.items()}
+    todo = {name: setting for name, setting in TASKS.items() if setting.available(settings.data)}
+    tasks = {name: setting.make(settings.data, FIRST_SEED) for name, setting in todo.items()}
+    costs = {name: cost(task) for name, task in tasks.items()}
     searched = [m for m in BLACK_BOX if blackbox.HAS_OPTUNA or not m.startswith("tpe")]
     searched += ["prodigy", "prodigy, cosine"] if peers.HAS_PRODIGY else []
     jobs: list[tuple[str, int, str, float | None]] = [
         (setting, seed, method, start)
-        for setting in TASKS
-        for seed in seeds
+        for setting, s in todo.items()
+        for seed in range(FIRST_SEED, FIRST_SEED + s.seeds[settings.full])
         for method, starts in [*((m, starts_of(m)) for m in ONE_RUN), *((m, (None,)) for m in searched)]
         for start in starts
     ]
-    rows = settings.map(partial(row, data=settings.data, costs=costs, n=n), jobs)
-    return {"costs": {name: rounded(c) for name, c in costs.items()}, "trials": n, "rows": rows}
+    rows = settings.map(partial(row, data=settings.data, costs=costs, full=settings.full), jobs)
+    known = {"costs": {name: rounded(c) for name, c in costs.items()}, "rows": rows}
+    return known | {"chance": {name: round(task.chance, 4) for name, task in tasks.items()}}
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
+
+
+def measured(record: dict[str, Any]) -> list[str]:
+    """The tasks of a record."""
+    return [name for name in TASKS if name in record["results"].get("costs", {})]
+
+
+def chance(record: dict[str, Any], setting: str) -> float:
+    """What a model that has diverged counts as."""
+    return record["results"].get("chance", {}).get(setting, CHANCE)
 
 
 def traces(record: dict[str, Any], setting: str, method: str) -> list[Trace]:
@@ -118,10 +155,15 @@ def by_start(record: dict[str, Any], setting: str, method: str, what: str = "tes
 def curve(record: dict[str, Any], setting: str, method: str) -> tuple[np.ndarray, np.ndarray]:
     """Runs spent, and the test loss of what stands then, mean over seeds; for random trials, over their orders too."""
     found = traces(record, setting, method)
-    runs = np.array([p.runs for p in found[0]])
+    runs, worst = np.array([p.runs for p in found[0]]), chance(record, setting)
     if method.startswith("random"):
-        return runs, np.mean([[expected(t, n + 1) for n in range(len(t))] for t in found], axis=0)
-    return runs, np.mean([[min(p.test, CHANCE) for p in standing(t)] for t in found], axis=0)
+        return runs, np.mean([[expected(t, n + 1, worst) for n in range(len(t))] for t in found], axis=0)
+    return runs, np.mean([[min(p.test, worst) for p in standing(t)] for t in found], axis=0)
+
+
+def twenty(record: dict[str, Any], setting: str) -> float:
+    """Test loss that 20 random runs reach."""
+    return float(np.mean([expected(t, 20, chance(record, setting)) for t in traces(record, setting, "random")]))
 
 
 def needed(record: dict[str, Any], setting: str, method: str, test: float) -> float:
@@ -137,28 +179,26 @@ def methods(record: dict[str, Any]) -> set[str]:
 
 
 def cost_block(record: dict[str, Any]) -> str:
-    if not record["data"]:
-        return "Not measured: no data was given."
-    rows = [[LABELS[name], *(float(x) for x in c)] for name, c in record["results"]["costs"].items()]
-    return table(["task", "a step with its 3 tangents", "a hypergradient or an evaluation (500 images)"], rows)
+    rows = [[TASKS[name].label, *(float(x) for x in record["results"]["costs"][name])] for name in measured(record)]
+    return table(["task", "a step with its 3 tangents", "a hypergradient or an evaluation"], rows)
 
 
 def table_block(record: dict[str, Any]) -> str:
-    if not record["data"]:
-        return "Not measured: no data was given."
     parts = []
-    for setting in TASKS:
+    for setting in measured(record):
         rows: list[list[Any]] = []
-        for method in ONE_RUN:
+        for method in (m for m in ONE_RUN if m in methods(record)):
             runs, accuracy = (float(np.mean(by_start(record, setting, method, what))) for what in ("runs", "accuracy"))
-            rows.append([NAMES.get(method, method), runs, *spread(by_start(record, setting, method)), percent(accuracy)])
+            rows.append([NAMES.get(method, method), runs, *spread(by_start(record, setting, method)), share(accuracy)])
         for method in (m for m in [*BLACK_BOX, "prodigy", "prodigy, cosine"] if m in methods(record)):
             ends = [standing(t)[-1] for t in traces(record, setting, method)]
             test, accuracy = np.array([[p.test] for p in ends]), float(np.mean([p.accuracy for p in ends]))
-            rows.append([NAMES[method], ends[0].runs, *spread(test), percent(accuracy)])
-        heads = [LABELS[setting], "cost, runs", "test loss", "over seeds", "best start", "worst start", "accuracy"]
+            rows.append([NAMES[method], ends[0].runs, *spread(test), share(accuracy)])
+        n, score = len(traces(record, setting, "random")), "variance explained" if setting == "tabular" else "accuracy"
+        label = f"{TASKS[setting].label} ({n} {'seed' if n == 1 else 'seeds'})"
+        heads = [label, "cost, runs", "test loss", "over seeds", "best start", "worst start", score]
         parts.append(table(heads, rows))
-    return "\n\n".join([seeds(record), *parts])
+    return "\n\n".join(parts)
 
 
 def spread(test: np.ndarray) -> list[str | None]:
@@ -168,25 +208,28 @@ def spread(test: np.ndarray) -> list[str | None]:
     return [loss(test.mean()), f"± {seeds.std(ddof=1):.3f}" if len(seeds) > 1 else None, *ends]
 
 
+def share(accuracy: float) -> str | None:
+    """A regression far worse than the mean explains nothing that could be given in per cent."""
+    return percent(accuracy) if accuracy > -1 else None
+
+
 def loss(x: float) -> str:
     return f"{x:.3f}" if x < 100 else "diverged"
 
 
 def verdict_block(record: dict[str, Any]) -> str:
     """The goal, and how far it is reached."""
-    if not record["data"]:
-        return "Not measured: no data was given."
     lines = []
-    for setting in TASKS:
-        twenty = float(np.mean([expected(t, 20) for t in traces(record, setting, "random")]))
-        for method in ("local", "glocal", "glocal, 5 a window"):
+    for setting in measured(record):
+        goal = twenty(record, setting)
+        for method in (m for m in ONLINE if m in methods(record)):
             test = by_start(record, setting, method)
             mean, spread = test.mean(axis=0), float(np.mean(test.max(axis=1) / test.min(axis=1) - 1))
-            reached = int(np.sum(mean <= twenty))
+            reached = int(np.sum(mean <= goal))
             line = (
-                f"- {LABELS[setting]}, {method}: {test.mean():.3f} at the cost of "
+                f"- {TASKS[setting].label}, {method}: {test.mean():.3f} at the cost of "
                 f"{number(float(np.mean(by_start(record, setting, method, 'runs'))))} runs; 20 random runs reach "
-                f"{twenty:.3f}, as good from {reached} of {len(STARTS)} starts; the worst start loses {percent(spread)} to "
+                f"{goal:.3f}, as good from {reached} of {len(STARTS)} starts; the worst start loses {percent(spread)} to "
                 f"the best. {same_quality(record, setting, test.mean())}"
             )
             lines.append(line)
@@ -205,18 +248,16 @@ def same_quality(record: dict[str, Any], setting: str, test: float) -> str:
 
 def rivals_block(record: dict[str, Any]) -> str:
     """What was best of all, and what hypergradient descent does for the price of one run."""
-    if not record["data"]:
-        return "Not measured: no data was given."
     lines = []
-    for setting in TASKS:
-        mean = {m: float(by_start(record, setting, m).mean()) for m in ONE_RUN}
+    for setting in measured(record):
+        mean = {m: float(by_start(record, setting, m).mean()) for m in ONE_RUN if m in methods(record)}
         ends = {m: curve(record, setting, m) for m in BLACK_BOX if m in methods(record)}
         best = min(ends, key=lambda m: ends[m][1][-1])
-        ours = min((m for m in ONE_RUN if "local" in m or "glocal" in m), key=lambda m: mean[m])
+        ours = min((m for m in ONLINE if m in mean), key=lambda m: mean[m])
         runs, found = ends[best]
         start = loss(by_start(record, setting, ours).mean(axis=0).min())
         lines.append(
-            f"- {LABELS[setting]}: best of the searches is {NAMES[best]}, {loss(found[-1])} after "
+            f"- {TASKS[setting].label}: best of the searches is {NAMES[best]}, {loss(found[-1])} after "
             f"{number(float(runs[-1]))} runs; best of the online runs is {ours}, {loss(mean[ours])} on the mean over "
             f"starts and {start} from the best; hypergradient descent, for one run, "
             f"{loss(mean['hypergradient descent'])}; true global {loss(mean['global'])}."
@@ -225,10 +266,9 @@ def rivals_block(record: dict[str, Any]) -> str:
 
 
 def missing_block(record: dict[str, Any]) -> str:
-    if not record["data"]:
-        return "Not measured: no data was given."
     gone = [name for name, m in (("optuna (TPE)", "tpe"), ("prodigyopt (Prodigy)", "prodigy")) if m not in methods(record)]
-    return f"Left out, not installed: {', '.join(gone)}." if gone else "Nothing was left out."
+    gone += [TASKS[name].label for name in TASKS if name not in measured(record)]
+    return f"Left out, not installed or no data given: {', '.join(gone)}." if gone else "Nothing was left out."
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------
@@ -244,16 +284,32 @@ OURS = {
     "local": ("#f57900", "o"),
     "glocal": ("#cc0000", "s"),
     "glocal, 5 a window": ("#a40000", "D"),
+    "local, guarded": ("#c4a000", "P"),
+    "glocal, guarded": ("#8f5902", "X"),
     "global": ("#5c3566", "^"),
 }
 
 
+def panels(record: dict[str, Any], xlabel: str, draw: Callable[[Any, str], None]) -> Any:
+    """A figure of `draw(ax, setting)` for each task measured, and one legend after them."""
+    names = measured(record)
+    figure, axes = canvas(9.6, 3.1 * (len(names) // 3 + 1), len(names) // 3 + 1, 3)
+    places = axes.ravel()
+    for ax, setting in zip(places, names, strict=False):
+        draw(ax, setting)
+        ax.set(xscale="log", xlabel=xlabel, title=TASKS[setting].label)
+    for ax in places[:: axes.shape[1]]:
+        ax.set_ylabel("test loss")
+    for ax in places[len(names) :]:
+        ax.axis("off")
+    places[len(names)].legend(*places[0].get_legend_handles_labels(), loc="center")
+    return figure
+
+
 def anytime(record: dict[str, Any]) -> Any:
     """Test loss of what stands against cost; of one-run methods the mean over starts, and the worst to the best start."""
-    figure, axes = canvas(9.6, 4.0, 1, 2)
-    if not record["data"]:
-        return figure
-    for ax, setting in zip(axes[0], TASKS, strict=True):
+
+    def draw(ax: Any, setting: str) -> None:
         lows = []
         for method, (color, line) in LOOK.items():
             if method in methods(record):
@@ -266,30 +322,26 @@ def anytime(record: dict[str, Any]) -> Any:
             bar = [[mean.mean() - mean.min()], [mean.max() - mean.mean()]]
             ax.errorbar(runs, mean.mean(), bar, fmt=mark, color=color, ms=5, capsize=3, label=NAMES[method].strip("*"))
             lows.append(mean.min())
-        ax.set(xscale="log", xlabel="cost, in full runs", title=LABELS[setting], ylim=(0.96 * min(lows), 1.5 * min(lows)))
-    axes[0][0].set_ylabel("test loss")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
-    return figure
+        ours = max(by_start(record, setting, method).mean(axis=0).max() for method in OURS)
+        ax.set(ylim=(0.96 * min(lows), max(1.5 * min(lows), 1.04 * min(ours, 3 * min(lows)))))
+
+    return panels(record, "cost, in full runs", draw)
 
 
 def starts(record: dict[str, Any]) -> Any:
     """Test loss against the learning rate that a run starts from."""
-    figure, axes = canvas(9.6, 3.6, 1, 2)
-    if not record["data"]:
-        return figure
     looks = {"untuned": ("#999999", "x"), "hypergradient descent": ("#3465a4", "v"), **OURS}
-    for ax, setting in zip(axes[0], TASKS, strict=True):
+
+    def draw(ax: Any, setting: str) -> None:
         best = math.inf
         for method, (color, mark) in looks.items():
             mean = by_start(record, setting, method).mean(axis=0)
             ax.plot(starts_of(method), mean, color=color, marker=mark, ms=5, label=NAMES.get(method, method).strip("*"))
             best = min(best, mean.min())
-        twenty = np.mean([expected(t, 20) for t in traces(record, setting, "random")])
-        ax.axhline(twenty, color="#999999", ls=":", label="best of 20 random runs")
-        ax.set(xscale="log", xlabel="lr at the start", title=LABELS[setting], ylim=(0.96 * best, 2.2 * best))
-    axes[0][0].set_ylabel("test loss")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
-    return figure
+        ax.axhline(twenty(record, setting), color="#999999", ls=":", label="best of 20 random runs")
+        ax.set(ylim=(0.96 * best, 2.2 * best))
+
+    return panels(record, "lr at the start", draw)
 
 
 BLOCKS = {

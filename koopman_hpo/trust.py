@@ -28,6 +28,7 @@ DOUBT = 0.5  # part of the promised decrease that errors may hide (Carter 1991)
 SOFT = 0.3  # curvature where nothing is known of it, of that along the first step: the radius bounds the step there
 MENDED = 0.5  # of what spaces miss of the outer loss, the error that is left when it is counted
 CLOSER, FINEST = 4.0, 1e-6  # what divides the tolerance of a closer look, and the finest
+SHARPER = 0.7  # part of its error that a closer look may leave, for another to be worth its cost
 SETTLED = 0.25  # part of what `tol` asks of the slope that the best step's promise may be, for an end
 ASTRAY = 1.0  # error of h, relative to h, at which training must go on
 PATIENCE = 10  # starts that may be given up
@@ -258,7 +259,7 @@ class _Search:
 
     def down(self, here: Look, tol: float) -> tuple[Look, str]:
         """From one look to the next, lower one, until it ends; the last, and why."""
-        space, curvature, radius = self.horizon.run.space, None, RADIUS
+        space, curvature, radius, sharper = self.horizon.run.space, None, RADIUS, True
         while True:
             low, high = space.low - here.phi, space.high - here.phi
             unit = np.where(here.h > 0, np.maximum(low, -1.0), np.minimum(high, 1.0))
@@ -277,10 +278,11 @@ class _Search:
             doubt = float(np.linalg.norm(here.error * s)) + here.doubt
             if promised + doubt <= SETTLED * enough and np.abs(s).max() < radius:
                 return here, f"converged: the best step promises {promised:.2g} of {here.value:.6g}, doubt {doubt:.2g}"
-            if slope <= enough or doubt > DOUBT * promised:
+            if sharper and (slope <= enough or doubt > DOUBT * promised):
                 if here.tolerance <= FINEST:
                     return here, f"stopped: the decrease of {promised:.2g} that is left hides in an error of {doubt:.2g}"
-                here = self.nearer(here, f"promised {promised:.3g}, doubt {doubt:.3g}")
+                blurred, here = here, self.nearer(here, f"promised {promised:.3g}, doubt {doubt:.3g}")
+                sharper = self.sharper(np.linalg.norm(here.error), np.linalg.norm(blurred.error))
                 continue
             trial, ratio = self.tried(here, space.clip(here.phi + s), promised, radius)
             reach = float(np.abs(s).max())
@@ -292,6 +294,10 @@ class _Search:
                 radius = reach / 4
             here = trial if ratio > TAKEN else here
 
+    def sharper(self, error: Any, before: Any) -> bool:
+        """Whether closer looks are worth their cost: more stages may not help; a warm run has trained on."""
+        return self.horizon.warm or bool(error <= SHARPER * before)
+
     def nearer(self, look: Look, why: str) -> Look:
         """A closer look; the one before stands where that cannot be used."""
         closer = self.horizon.closer(look)
@@ -301,11 +307,13 @@ class _Search:
     def tried(self, here: Look, phi: Array, promised: float, radius: float) -> tuple[Look, float]:
         """A look at phi, close enough to tell whether the promise holds, and the share of it that does."""
         trial = self.horizon.look(phi, here, here.tolerance, here.stages)
-        while not trial.trouble and trial.doubt > DOUBT * promised and trial.tolerance > FINEST:
+        sharper = True
+        while sharper and not trial.trouble and trial.doubt > DOUBT * promised and trial.tolerance > FINEST:
             if len(self.history) + 1 >= self.looks:
                 break
             self.note(trial, "unsure", f"promised {promised:.3g}, doubt of the value {trial.doubt:.3g}")
-            trial = self.horizon.closer(trial)
+            blurred, trial = trial, self.horizon.closer(trial)
+            sharper = self.sharper(trial.doubt, blurred.doubt)
         if trial.trouble:
             self.note(trial, f"refused: {trial.trouble}", f"radius {radius:.3g}")
             return trial, -np.inf

@@ -5,7 +5,7 @@ import pytest
 import toys
 from scipy.optimize import minimize as scipy_minimise
 
-from koopman_hpo import AdapterError, HyperparameterError, Problem, ShapeError, Space, inner, log, logit
+from koopman_hpo import AdapterError, HyperparameterError, Problem, ShapeError, Space, inner, log, logit, trust
 from koopman_hpo.krylov import estimate
 from koopman_hpo.trust import minimise, propose
 
@@ -311,6 +311,21 @@ def test_refuses_runs_it_cannot_predict():
 
 
 # -- what the estimate must tell ------------------------------------------------------------------------------------
+
+
+def test_closer_looks_that_do_not_help_are_not_asked_for(monkeypatch):
+    """The error of h is overstated and stays: steps are tried all the same, and their own decrease judges them."""
+
+    def look(self, phi, after, tolerance, stages, trained=False):
+        self.cost += 1
+        h = phi + 1.0
+        end = self.run.params, "", "", self.run.snapshot(), tolerance, stages
+        return trust.Look(phi, 1 + 0.5 * h @ h, 0.0, h, np.full(3, 5.0), 0.0, *end)
+
+    monkeypatch.setattr(trust.Horizon, "look", look)
+    found = tuned(decays(), warm=False)
+    np.testing.assert_allclose(found.phi, -1, atol=1e-3)
+    assert list(found.history.event).count("looked closer") == 1
 
 
 def test_the_estimate_predicts_the_outer_loss_and_the_parameters():

@@ -59,6 +59,7 @@ def tuned(method: str, run: Any, batch: Any, val: Any, steps: int) -> tuple[np.n
     for tangents in (True, False):  # compiles where this is the first run
         run.step(phi, batch(0), tangents=tangents)
     run.hypergradient(val)
+    Glocal().estimate(np.random.default_rng(0).normal(size=(25, run.space.q)), steps)
     run.restore(begun)
     clock = time.process_time()
     if method == "untuned":

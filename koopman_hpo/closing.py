@@ -12,7 +12,7 @@ from . import strategies
 from .errors import HyperparameterError
 from .guard import Guard, coherence
 from .history import Record
-from .inner import mark_params
+from .inner import buffers, mark_params
 from .koopman import Forecast
 from .state import Best, State, Window, frozen
 
@@ -115,7 +115,7 @@ def better(tuner: Tuner, s: State, value: float) -> Best:
     steps, best = s.window.length, s.best
     rank = lambda value, steps: (-steps if tuner.mode == "restart" else 0, value)
     if best is None or rank(value, steps) < rank(best.value, best.steps):
-        return Best(value, s.phi, mark_params(tuner.inner), steps)
+        return Best(value, s.phi, mark_params(tuner.inner), steps, buffers(tuner.inner))
     return best
 
 

@@ -234,6 +234,14 @@ class CoreInner:
         """(p,) a copy of the current parameters, where the run lives."""
         return self._device.keep(self._state.theta)
 
+    def buffers(self) -> dict[str, Any]:
+        """What the model holds beside its parameters: nothing here."""
+        return {}
+
+    def adopt(self, phi: ArrayLike, params: Any, buffers: Mapping[str, Any]) -> None:
+        """Stand at these hyperparameters (q,), parameters (p,) and buffers; slots and tangents stay as they are."""
+        self.restore(self.mark() | {"phi": np.array(phi), "theta": params} | dict(buffers))
+
     def _snapshot(self, copied: Callable[[Array], Array]) -> dict[str, NDArray]:
         out: dict[str, NDArray] = {k: copied(v) for k, v in zip(_ARRAYS, self._state, strict=True)}
         return out | {"t": np.array(self.t), "phi": self.phi.copy()} | self._along.snapshot()

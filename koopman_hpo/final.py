@@ -44,6 +44,13 @@ def train(tuner: Tuner, inner_batch: Callable[[int], Any], val_batch: Callable[[
     return reason
 
 
+def adopt(tuner: Tuner) -> None:
+    """Leave the run, where it can, at the best: its model is the result."""
+    best = tuner.state.best
+    if best is not None and hasattr(tuner.inner, "adopt"):
+        tuner.inner.adopt(best.phi, best.params, best.buffers)
+
+
 def _run(tuner: Tuner, inner_batch: Callable[[int], Any], val_batch: Callable[[int], Any]) -> tuple[State, float]:
     """A plain run from the start: the state after it, and its outer loss."""
     s = tuner.state

@@ -32,7 +32,9 @@ class Inner(Protocol):
     """A training run as strategies and the tuner see it; they never look inside.
 
     A run that does not live on the host may have `mark()` and `mark_params()` too: what `snapshot()` and `params` give,
-    kept where the run lives, so that going back moves nothing to the host.
+    kept where the run lives, so that going back moves nothing to the host.  A run whose model is more than its parameters,
+    BatchNorm's statistics say, has `buffers()`, these in `{name: array}`.  Given `adopt(phi, params, buffers)`, a tuner
+    leaves it in mode `restart`, and the user's model with it, at the best it found.
     """
 
     @property
@@ -61,6 +63,11 @@ def mark(run: Inner) -> dict[str, Any]:
 def mark_params(run: Inner) -> Any:
     """(p,) the current parameters, where the run lives if it can keep them there."""
     return run.mark_params() if hasattr(run, "mark_params") else run.params
+
+
+def buffers(run: Inner) -> dict[str, Any]:
+    """What the model holds beside its parameters, where the run lives if it can keep that there."""
+    return run.buffers() if hasattr(run, "buffers") else {}
 
 
 def require(call: str, run: Any, error: type[KoopmanHPOError] = AdapterError) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from . import settings
 from .errors import CheckpointError
 from .history import History
+from .inner import buffers
 from .outer import OuterState
 from .snapshots import hosted
 from .state import Best, State, Window, frozen
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .tuner import Tuner
 
 Array = NDArray[Any]
+_BUFFERS = "best/buffers/"
 _WINDOW = ("number", "length", "done", "first", "loss", "owed")
 _SCALARS = ("t", "cut", "used", "reason", "value0", "value", "rollbacks", "norms", "trained", "attempts")
 
@@ -43,6 +45,7 @@ def pack(tuner: Tuner) -> dict[str, Any]:
     arrays |= {"H": np.array(w.H).reshape(-1, s.phi.size)}
     if best is not None:
         arrays |= {"best/phi": best.phi.copy(), "best/params": best.params}
+        arrays |= {f"{_BUFFERS}{k}": v for k, v in best.buffers.items()}
     return {"meta": meta, **arrays}
 
 
@@ -85,8 +88,16 @@ def _state(tuner: Tuner, snapshot: Mapping[str, Any], meta: Mapping[str, Any], s
     best = None
     if meta["best"] is not None:
         value, steps = meta["best"]
-        best = Best(value, _array(snapshot, "best/phi", (q,)), _array(snapshot, "best/params", (p,)), steps)
+        phi_then, params = _array(snapshot, "best/phi", (q,)), _array(snapshot, "best/params", (p,))
+        best = Best(value, phi_then, params, steps, _buffers(tuner, snapshot))
     return State(frozen(phi), OuterState(mean, square, int(meta["outer"])), window, best=best, **scalars)
+
+
+def _buffers(tuner: Tuner, snapshot: Mapping[str, Any]) -> dict[str, NDArray]:
+    found = {k.removeprefix(_BUFFERS): np.array(v) for k, v in snapshot.items() if k.startswith(_BUFFERS)}
+    kinds = lambda arrays: {k: (tuple(v.shape), v.dtype) for k, v in arrays.items()}
+    _true("best/buffers", kinds(found) == kinds(buffers(tuner.inner)), kinds(found))
+    return found
 
 
 def _array(snapshot: Mapping[str, Any], name: str, shape: tuple[int | None, ...], finite: bool = True) -> Array:

@@ -4,6 +4,8 @@ the next one leaves it as it was."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,10 +24,11 @@ class Best(NamedTuple):
     phi: Array  # (q,) that it ran with
     params: NDArray  # (p,); on a card, perhaps
     steps: int  # inner steps of its run
+    buffers: Mapping[str, NDArray] = MappingProxyType({})  # what the model holds beside its parameters
 
     def read(self) -> Best:
-        """The same with parameters on the host."""
-        return self._replace(params=hosted(self.params))
+        """The same on the host."""
+        return self._replace(params=hosted(self.params), buffers={k: hosted(v) for k, v in self.buffers.items()})
 
 
 class Window(NamedTuple):

@@ -201,7 +201,8 @@ class Tuner:
           val_batches: outer batches, likewise, one a window.
 
         Returns:
-          `Result`; in mode `restart` its parameters come from a full run with the hyperparameters found.
+          `Result`; in mode `restart` its parameters come from the best full run, and the run is left with these, and with
+          what its model holds beside them.
         """
         inner_batch = source("Tuner.fit", "batches", batches)
         val_batch = source("Tuner.fit", "val_batches", val_batches)
@@ -213,6 +214,7 @@ class Tuner:
             self.step(None if w.owed is not None else inner_batch(self.used), val)
         if self.mode == "restart" and self.reason.startswith("finished"):
             self._warn(final.train(self, inner_batch, val_batch))
+            final.adopt(self)
         return self.result
 
     def snapshot(self) -> dict[str, Any]:

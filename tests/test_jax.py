@@ -1,5 +1,6 @@
 """JAX: the conformance suite under the core's optimizers and under optax, state of every kind, and what is refused."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from koopman_hpo import (
     AdapterError,
+    Global,
     Glocal,
     HyperparameterError,
     Inner,
@@ -20,6 +22,7 @@ from koopman_hpo import (
     inner,
     log,
     logit,
+    outer,
     snapshots,
     trajectory,
 )
@@ -304,6 +307,35 @@ def test_nothing_of_the_size_of_the_model_crosses_in_a_window_or_on_the_way_back
     with jax.transfer_guard_host_to_device("disallow"):
         run.step(run.space.phi0, batches[0])  # nothing goes there either, unless phi has moved
         run.hypergradient(val)
+
+
+class Stalling(Global):
+    """Asks for a learning rate that trains nothing: the first run stays the best."""
+
+    def estimate(self, H, ahead):
+        return dataclasses.replace(super().estimate(H, ahead), value=np.ones(H.shape[1]))
+
+
+def test_in_mode_restart_the_state_is_left_at_the_best_run_with_its_statistics():
+    def train_step(state, hyper, batch):
+        w, mean = state["w"], 0.9 * state["mean"] + 0.1 * batch.mean(0)
+        return {"w": w - hyper["lr"] * jax.grad(lambda w: ((batch @ w - 1) ** 2).mean())(w), "mean": mean}, jnp.zeros(())
+
+    val_loss = lambda state, hyper, batch: (((batch - 0.1 * state["mean"]) @ state["w"] - 1) ** 2).mean()
+    batch = np.random.default_rng(0).normal(size=(20, 3)) + 1.0
+    start = {"w": jnp.zeros(3), "mean": jnp.zeros(3)}
+    run = adapter.inner(train_step, val_loss, start, Space(lr=log(0.05)), params=lambda s: s["w"])
+    batches = lambda t: batch * (1 + 0.01 * t)  # the statistics of later runs are others
+    tuner = Tuner(run, Stalling(), steps=20, runs=2, outer=outer.sgd(4.0))
+    result = tuner.fit(batches, [batch])
+    assert tuner.history.value[1] > result.value == tuner.history.value[0]
+    want = start
+    for t in range(20):
+        want, _ = train_step(want, {"lr": 0.05}, batches(t))
+    for name, array in want.items():
+        np.testing.assert_allclose(run.state[name], array, rtol=1e-10)
+    np.testing.assert_array_equal(run.params, result.params)
+    assert float(val_loss(run.state, {}, batch)) == pytest.approx(result.value, rel=1e-10)
 
 
 # -- random directions -------------------------------------------------------------------------------------------------

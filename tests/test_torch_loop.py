@@ -1,6 +1,7 @@
 """PyTorch in a loop of one's own: what a loop does, what is carried, and what is refused."""
 
 import copy
+import dataclasses
 import logging
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 from koopman_hpo import (
     AdapterError,
     CheckpointError,
+    Global,
     Glocal,
     Guard,
     Local,
@@ -708,6 +710,38 @@ def test_restart_mode_and_the_exact_tools_through_inner():
     assert opt.param_groups[0]["lr"] == result.hyper["lr"]
     np.testing.assert_array_equal(nn.utils.parameters_to_vector(model.parameters()).detach(), result.params)
     bad(lambda: wrap(mlp(), torch.optim.SGD(mlp().parameters(), lr=0.1), tune="lr", mode="restart"), "torch.inner")
+
+
+class Stalling(Global):
+    """Asks for a learning rate that trains nothing: the first run stays the best."""
+
+    def estimate(self, H, ahead):
+        return dataclasses.replace(super().estimate(H, ahead), value=np.full(H.shape[1], 1.0))
+
+
+def test_in_mode_restart_the_model_is_left_at_the_best_run_with_its_statistics():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+    loss = lambda b: F.cross_entropy(model.train()(b[0]), b[1])
+    val_loss = lambda b: F.cross_entropy(model.eval()(b[0]), b[1])
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = kt.inner(opt, loss, val_loss, "lr", model=model)
+    settings = {"steps": 30, "runs": 2, "mode": "restart", "outer": outer.sgd(4.0)}
+    batch, val = [(X.double(), Y)], (X.double() + 0.1, Y)
+    tuner = Tuner(run, Stalling(), **settings)
+    result = tuner.fit(batch, [val])
+    assert result.hyper["lr"] == pytest.approx(0.1)
+    assert tuner.history.value[1] > tuner.history.value[0] + 0.01
+    np.testing.assert_array_equal(nn.utils.parameters_to_vector(model.parameters()).detach(), result.params)
+    assert float(val_loss(val).detach()) == pytest.approx(result.value, rel=1e-12)
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.1)
+    kept = tuner.snapshot()
+    run.restore(run.snapshot() | {f"buffer/1.{n}": np.zeros(8) for n in ("running_mean", "running_var")})
+    tuner.restore(kept)
+    assert float(val_loss(val).detach()) == pytest.approx(result.value, rel=1e-12)
+    for name, b in tuner.result.best.buffers.items():
+        np.testing.assert_array_equal(b, dict(model.named_buffers())[name.removeprefix("buffer/")])
+    bad(lambda: tuner.restore({k: v for k, v in kept.items() if "best/buffers/" not in k}), "best/buffers")
 
 
 # -- state -------------------------------------------------------------------------------------------------------------

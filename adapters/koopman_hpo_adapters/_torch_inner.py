@@ -149,8 +149,10 @@ class TorchInner(CoreInner):
         world = self.losses.world()
         out = self.losses.statistics.snapshot() | {"counts": self.memory.counts.copy()}
         out |= {f"random/{i}": state.numpy().copy() for i, state in enumerate(world.random)}
-        buffers = zip(self.losses.buffers(), world.buffers, strict=True)
-        return out | {f"buffer/{n}": b.cpu().numpy().copy() for n, b in buffers}
+        return out | self.buffers()
+
+    def buffers(self) -> dict[str, NDArray]:
+        return {f"buffer/{n}": b.detach().cpu().numpy().copy() for n, b in self.losses.buffers().items()}
 
     def __getstate__(self) -> dict[str, Any]:
         raise AdapterError(

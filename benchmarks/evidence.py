@@ -27,8 +27,8 @@ def stored(name: str) -> pathlib.Path:
     return HERE / "results" / f"study_{name}.json"
 
 
-def measure(name: str, settings: Settings) -> None:
-    """Measure one section and store it."""
+def measure(name: str, settings: Settings) -> int:
+    """Measure one section and store it; the seconds that it took."""
     clock = time.perf_counter()
     results = SECTIONS[name].measure(settings)
     record = {
@@ -41,6 +41,7 @@ def measure(name: str, settings: Settings) -> None:
         "results": results,
     }
     stored(name).write_text(json.dumps(record) + "\n")
+    return record["seconds"]
 
 
 def main() -> None:
@@ -60,8 +61,7 @@ def main() -> None:
     if not arguments.page:
         settings = Settings(arguments.full, arguments.data, arguments.cache, arguments.jobs, arguments.gpu)
         for name in arguments.sections or SECTIONS:
-            measure(name, settings)
-            print(f"{name}: {json.loads(stored(name).read_text())['seconds']} s", flush=True)
+            print(f"{name}: {measure(name, settings)} s", flush=True)
     page.write({name: json.loads(stored(name).read_text()) for name in SECTIONS if stored(name).exists()})
 
 

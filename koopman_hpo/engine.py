@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Dynamics(NamedTuple):
     state: TangentState  # copies
     t: int  # inner steps taken
     phi: Array  # (q,) hyperparameters of the last step
-    directions: Array | None  # (s, q) that the s tangents follow; None: the coordinates of phi
+    directions: Directions  # that the tangents follow
     groups: tuple[int, ...]  # (n,) lengths of the segments
     fixed: Mapping[str, Array]  # {optimizer hyperparameter that is not tuned: (n,)}
     loss_names: tuple[str, ...]  # hyperparameters that live in the loss
@@ -272,7 +273,7 @@ class CoreInner:
             state,
             self._t,
             self.phi.copy(),
-            None if self.directions is None else self.directions.copy(),
+            copy.copy(self._along),
             self._groups,
             self._fixed,
             self._loss_names,

@@ -319,11 +319,13 @@ class Stalling(Global):
 def test_in_mode_restart_the_state_is_left_at_the_best_run_with_its_statistics():
     def train_step(state, hyper, batch):
         w, mean = state["w"], 0.9 * state["mean"] + 0.1 * batch.mean(0)
-        return {"w": w - hyper["lr"] * jax.grad(lambda w: ((batch @ w - 1) ** 2).mean())(w), "mean": mean}, jnp.zeros(())
+        w = w - hyper["lr"] * jax.grad(lambda w: ((batch @ w - 1) ** 2).mean())(w)
+        seen = state["seen"] + (100 * batch.mean()).astype(jnp.int32)
+        return {"w": w, "mean": mean, "seen": seen}, jnp.zeros(())
 
     val_loss = lambda state, hyper, batch: (((batch - 0.1 * state["mean"]) @ state["w"] - 1) ** 2).mean()
     batch = np.random.default_rng(0).normal(size=(20, 3)) + 1.0
-    start = {"w": jnp.zeros(3), "mean": jnp.zeros(3)}
+    start = {"w": jnp.zeros(3), "mean": jnp.zeros(3), "seen": jnp.int32(0)}
     run = adapter.inner(train_step, val_loss, start, Space(lr=log(0.05)), params=lambda s: s["w"])
     batches = lambda t: batch * (1 + 0.01 * t)  # the statistics of later runs are others
     tuner = Tuner(run, Stalling(), steps=20, runs=2, outer=outer.sgd(4.0))

@@ -273,12 +273,15 @@ class JaxInner:
         return jnp.concatenate([self.carry.state[i].ravel() for i in self._where])
 
     def buffers(self) -> dict[str, Any]:
-        """The state's other real arrays, where they are: batch statistics among them."""
-        return {f"state/{i}": kept(x) for i, x in enumerate(self.carry.state) if i not in self._where and real(x)}
+        """The state's other arrays, where they are: batch statistics among them."""
+        return {f"state/{i}": kept(x) for i, x in enumerate(self.carry.state) if i not in self._where}
 
     def adopt(self, phi: ArrayLike, params: Any, buffers: Mapping[str, Any]) -> None:
         """Stand at these hyperparameters (q,), parameters (p,) and buffers; the rest stays as it is."""
-        leaves = ravel_pytree([self.carry.state[i] for i in self._where])[1](jnp.asarray(params))
+        flat, unravel = ravel_pytree([self.carry.state[i] for i in self._where])
+        if np.shape(params) != flat.shape:
+            raise ShapeError(f"jax.inner.adopt: params must be {flat.shape}, as `params` gives, got {np.shape(params)}.")
+        leaves = unravel(jnp.asarray(params))
         moved = {f"state/{i}": kept(x) for i, x in zip(self._where, leaves, strict=True)}
         self.restore(self.mark() | {"phi": np.array(phi)} | moved | dict(buffers))
 

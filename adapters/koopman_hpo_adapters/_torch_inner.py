@@ -146,9 +146,8 @@ class TorchInner(CoreInner):
 
     def _own(self) -> dict[str, NDArray]:
         """What a snapshot holds beside the core's: step counts, tangents of running statistics, random states, buffers."""
-        world = self.losses.world()
         out = self.losses.statistics.snapshot() | {"counts": self.memory.counts.copy()}
-        out |= {f"random/{i}": state.numpy().copy() for i, state in enumerate(world.random)}
+        out |= {f"random/{i}": state.numpy().copy() for i, state in enumerate(self.losses.random())}
         return out | self.buffers()
 
     def buffers(self) -> dict[str, NDArray]:

@@ -78,10 +78,13 @@ class Losses:
         module = self._source.module
         return {} if module is None else dict(module.named_buffers())
 
+    def random(self) -> list[torch.Tensor]:
+        """Copies of the random states."""
+        return [*self._memory.device.random(), *(g.get_state() for g in self._source.generators)]
+
     def world(self) -> World:
         """Copies of the random states and the model's buffers."""
-        random = [*self._memory.device.random(), *(g.get_state() for g in self._source.generators)]
-        return World(random, [b.detach().clone() for b in self.buffers().values()])
+        return World(self.random(), [b.detach().clone() for b in self.buffers().values()])
 
     def back_to(self, world: World) -> None:
         n = len(world.random) - len(self._source.generators)

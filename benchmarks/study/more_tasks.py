@@ -12,13 +12,8 @@ from typing import Any
 import numpy as np
 from koopman_hpo_adapters.numpy import mlp
 
-from koopman_hpo import Space, log, logit
-
 from . import problems
-from .tasks import Task, feed
-
-BOX = {"lr": (1e-4, 10.0), "momentum": (0.01, 0.99)}
-PENALTY = (1e-6, 0.1)
+from .tasks import Task, feed, searched
 
 
 @cache
@@ -29,17 +24,13 @@ def _compiled(name: str, seed: int) -> Any:
     return getattr(networks, name)(seed)
 
 
-def _space(penalty: str) -> tuple[Space, dict[str, tuple[float, float]]]:
-    return Space(lr=log(0.01), momentum=logit(0.9), **{penalty: log(1e-4)}), BOX | {penalty: PENALTY}
-
-
 def lenet(data: pathlib.Path, seed: int, steps: int = 600) -> Task:
     """A LeNet of 3,012 parameters on MNIST pooled to 14x14: 1,000 images to train, 200 to validate, 2,000 to test."""
     images, y = problems.mnist(data)
     order = np.random.default_rng(seed).permutation(len(y))
     X = problems.standardised(problems.pooled(images, 2)).reshape(-1, 14, 14, 1).astype(np.float32)
     train, val, test = ((X[rows], y[rows].astype(np.int32)) for rows in np.split(order[:3200], (1000, 1200)))
-    return Task(_compiled("lenet", seed), *_space("weight_decay"), steps, feed(train, 32, seed), val, test)
+    return Task(_compiled("lenet", seed), *searched("weight_decay"), steps, feed(train, 32, seed), val, test)
 
 
 def characters(data: Any, seed: int, steps: int = 800) -> Task:
@@ -48,7 +39,7 @@ def characters(data: Any, seed: int, steps: int = 800) -> Task:
 
     model, (train, val) = _compiled("characters", seed)
     batch, test = feed(train, 32, seed), unseen(seed, 500)
-    return Task(model, *_space("weight_decay"), steps, batch, val, test, classes=CHARACTERS)
+    return Task(model, *searched("weight_decay"), steps, batch, val, test, classes=CHARACTERS)
 
 
 def tabular(data: Any, seed: int, steps: int = 2000) -> Task:
@@ -57,4 +48,4 @@ def tabular(data: Any, seed: int, steps: int = 2000) -> Task:
     X, y = np.concatenate([X, more]), np.concatenate([y, z])
     train, val, test = ((X[a:b], y[a:b]) for a, b in ((0, 221), (221, 331), (331, 442)))
     model = mlp((10, 20, 1), loss="squared_error", seed=seed)
-    return Task(model, *_space("l2"), steps, feed(train, 32, seed), val, test, classes=None)
+    return Task(model, *searched(), steps, feed(train, 32, seed), val, test, classes=None)

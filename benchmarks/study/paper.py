@@ -145,12 +145,12 @@ def wide_block(record: dict[str, Any]) -> str:
         return "Not measured: it needs KMNIST (--data) and torch."
     from . import wide
 
-    size, rows = record["results"]["wide"]["size"], record["results"]["wide"]["rows"]
-    n, side = len({r["seed"] for r in rows}), 28 // size["pooled"]
+    results = record["results"]["wide"]
+    size, rows, side = results["size"], results["rows"], 28 // results["size"]["pooled"]
     about = (
         f"WRN-{size['depth']}, {size['base']} to {4 * size['base']} channels, {size['steps']:,} steps of {size['batch']}, "
         f"{side}x{side} pixels; true global takes {size['runs']} runs and the last. "
-        f"{'One seed' if n == 1 else f'Means over {n} seeds'}."
+        f"{seeds({'results': results})}"
     )
     return f"{about}\n\n{table(['class weights (q = 10)', 'test loss', 'accuracy', 'time, plain runs'], wide.lines(rows))}"
 

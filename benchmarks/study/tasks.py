@@ -128,14 +128,19 @@ def wrong(y: Array, where: Array, seed: int) -> Array:
     return labels
 
 
+def searched(penalty: str = "l2") -> tuple[Space, dict[str, tuple[float, float]]]:
+    """lr, momentum and a penalty: where they start, and the box."""
+    space = Space(lr=log(0.01), momentum=logit(0.9), **{penalty: log(1e-4)})
+    return space, {"lr": (1e-4, 10.0), "momentum": (0.01, 0.99), penalty: (1e-6, 0.1)}
+
+
 def plain(data: pathlib.Path, seed: int, noise: float = 0.0, n: int = 2000, size: int = 64) -> Task:
     """lr, momentum and L2, over 2,000 steps; a share of the training labels random."""
     d = images(data, seed, first(n))
     where = np.random.default_rng(2000 + seed).random(n) < noise
     return Task(
         mlp(SIZES, seed=seed),
-        Space(lr=log(0.01), momentum=logit(0.9), l2=log(1e-4)),
-        {"lr": (1e-4, 10.0), "momentum": (0.01, 0.99), "l2": (1e-6, 0.1)},
+        *searched(),
         2000,
         feed((d.X[d.train], wrong(d.y[d.train], where, seed)), size, seed),
         d.val,

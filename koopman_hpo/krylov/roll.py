@@ -161,5 +161,4 @@ def past(model: Model, adjoint: Adjoint) -> Array:
     """(q,) what the run's tangents bring along."""
     dynamics = model.dynamics
     slot = 2 if dynamics.rule.name == "rmsprop" else 0
-    h = dynamics.state.Z @ adjoint.theta + dynamics.state.dslots[slot] @ adjoint.momentum
-    return h if dynamics.directions is None else h @ dynamics.directions / len(dynamics.directions)
+    return dynamics.directions.spread(dynamics.state.Z @ adjoint.theta + dynamics.state.dslots[slot] @ adjoint.momentum)

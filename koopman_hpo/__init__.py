@@ -10,9 +10,10 @@ from .errors import AdapterError, CheckpointError, DivergenceWarning, Hyperparam
 from .exact import check_hypergradient, hypergradient, trajectory
 from .guard import Guard
 from .history import History
-from .hyperparameters import Hyperparameter, Space, box, identity, log, logit
+from .hyperparameters import Hyperparameter, box, identity, log, logit
 from .inner import Inner
 from .problem import Hypergradient, Problem
+from .space import Space
 from .strategies import Global, Glocal, Local
 from .tuner import Result, Tuner
 

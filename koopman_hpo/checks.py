@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from . import errors, optimizers
 from .errors import AdapterError, HyperparameterError, ShapeError, choice, nearest, reals, short, whole
-from .hyperparameters import Hyperparameter, Space
+from .hyperparameters import Hyperparameter
 from .optimizers import Domain, Rule
 from .problem import Array, Problem
+from .space import Space
 from .transforms import IDENTITY
 
 HALVES = ("bfloat16", "float16")

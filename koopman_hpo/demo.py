@@ -21,7 +21,8 @@ from koopman_hpo_adapters.progress import Progress, bar
 from . import inner
 from .errors import DivergenceWarning
 from .history import History
-from .hyperparameters import Space, log, logit
+from .hyperparameters import log, logit
+from .space import Space
 from .strategies import Glocal, Local, Strategy
 from .tuner import Tuner
 

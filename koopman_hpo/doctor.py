@@ -79,7 +79,8 @@ def _self_check() -> tuple[bool, str]:
 
     from . import inner
     from .exact import check_hypergradient
-    from .hyperparameters import Space, log, logit
+    from .hyperparameters import log, logit
+    from .space import Space
 
     rng = np.random.default_rng(0)
     batch = rng.normal(size=(8, 3)), rng.integers(0, 2, 8)

@@ -13,11 +13,11 @@ from . import checks, devices, snapshots, tangent
 from .batches import expect
 from .directions import Directions
 from .errors import HyperparameterError
-from .hyperparameters import Point, Space
 from .kernels.arrays import Coefficients, Grads, TangentState
 from .optimizers import Dual, Rule
 from .oracle import Oracle
 from .problem import Array, Hypergradient, Linearisation, Problem
+from .space import Point, Space
 
 _ARRAYS = ("theta", "slots", "Z", "dslots")
 _CONNECTED = frozenset({"_kernel", "_layout", "_still", "_seen", "_cache"})

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import names, number, whole
-from .hyperparameters import Space
+from .space import Space
 
 Array = NDArray[Any]
 

@@ -20,9 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 from . import checks, optimizers
 from .engine import CoreInner
 from .errors import AdapterError, KoopmanHPOError
-from .hyperparameters import Space
 from .optimizers import Rule
 from .problem import Array, Hypergradient, Linearisation, Problem
+from .space import Space
 
 Value = ArrayLike | None
 

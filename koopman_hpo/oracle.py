@@ -10,9 +10,9 @@ import numpy as np
 
 from . import checks, devices
 from .errors import AdapterError, nearest
-from .hyperparameters import Point
 from .kernels.arrays import Grads
 from .problem import Array, Problem
+from .space import Point
 
 
 class Oracle:

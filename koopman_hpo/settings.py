@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, HyperparameterError
 from .guard import Guard
-from .hyperparameters import Space
 from .inner import require
 from .outer import Outer
+from .space import Space
 
 if TYPE_CHECKING:
     from .tuner import Tuner

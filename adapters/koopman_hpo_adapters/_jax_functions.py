@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from koopman_hpo.hyperparameters import Space
+from koopman_hpo.space import Space
 
 from ._jax_contract import Hyper, checked, scalar
 from ._jax_root import rooted

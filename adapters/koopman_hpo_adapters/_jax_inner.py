@@ -17,8 +17,8 @@ from koopman_hpo import checks, snapshots
 from koopman_hpo.batches import expect
 from koopman_hpo.directions import Directions
 from koopman_hpo.errors import AdapterError, HyperparameterError, ShapeError
-from koopman_hpo.hyperparameters import Space
 from koopman_hpo.problem import Array, Hypergradient, Linearisation
+from koopman_hpo.space import Space
 
 from ._jax_compiled import FIXED, Frozen, Lifted, Track, gradient, hessian_products, look, one_step, plain_step, scanned
 from ._jax_contract import expect_function, expect_real

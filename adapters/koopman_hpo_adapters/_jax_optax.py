@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from koopman_hpo.hyperparameters import Space
+from koopman_hpo.space import Space
 
 from ._jax_contract import Hyper, expect_function
 from ._jax_tree import put, trainable

@@ -27,9 +27,10 @@ from koopman_hpo.checkpoint import load, save
 from koopman_hpo.engine import CoreInner
 from koopman_hpo.errors import AdapterError, HyperparameterError, ShapeError
 from koopman_hpo.exact import check_hypergradient, hypergradient
-from koopman_hpo.hyperparameters import Hyperparameter, Space
+from koopman_hpo.hyperparameters import Hyperparameter
 from koopman_hpo.inner import Inner
 from koopman_hpo.problem import Array, Problem
+from koopman_hpo.space import Space
 from koopman_hpo.strategies import Glocal
 from koopman_hpo.tuner import Tuner
 

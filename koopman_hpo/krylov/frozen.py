@@ -22,9 +22,9 @@ import numpy as np
 
 from ..engine import Dynamics
 from ..errors import AdapterError
-from ..hyperparameters import Point, Space
 from ..optimizers import Dual, Rule
 from ..problem import Array
+from ..space import Point, Space
 
 MU, KEEP, RATE, WD, DECAY, SHRINK = range(6)
 COMPLEX_STEP = 1e-30

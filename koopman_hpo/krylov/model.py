@@ -9,8 +9,8 @@ import numpy as np
 
 from .. import checks
 from ..engine import Dynamics
-from ..hyperparameters import Point, Space
 from ..problem import Array
+from ..space import Point, Space
 from . import frozen
 from .frozen import Coefficients, Piece
 

@@ -31,6 +31,7 @@ class Hyperparameter:
       bounds: natural (low, high), kept by every update.
       knots: None, or K increasing inner steps, the first one 0.
       schedule: "linear" between knots (in natural values), or "constant" from each knot to the next.
+      factors: None, or K fixed multiples of one value at the knots: the schedule's form is given, its height is tuned.
     """
 
     value: Array
@@ -38,6 +39,7 @@ class Hyperparameter:
     bounds: tuple[float, float]
     knots: tuple[int, ...] | None = None
     schedule: Literal["linear", "constant"] = "linear"
+    factors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.transform, Transform):
@@ -49,19 +51,31 @@ class Hyperparameter:
         _check_value(value, self.transform)
         ends = reals(self.transform.name, "bounds", self.bounds, HyperparameterError, "a pair (low, high)")
         _check_bounds(value, ends, self.transform)
-        knots = _check_knots(value, self.knots, self.schedule)
+        knots = _check_knots(value, self.knots, self.schedule, self.factors is not None)
+        factors = _check_factors(self.factors, knots, self.transform)
         value.flags.writeable = False
         object.__setattr__(self, "value", value)
         object.__setattr__(self, "bounds", (float(ends[0]), float(ends[1])))
         object.__setattr__(self, "knots", knots)
+        object.__setattr__(self, "factors", factors)
 
     @property
     def groups(self) -> tuple[int, ...]:
         """Shape of the value at one step: `()` or `(n,)`."""
-        return self.value.shape if self.knots is None else self.value.shape[1:]
+        return self.value.shape if self.rows is None else self.value.shape[1:]
+
+    @property
+    def rows(self) -> tuple[int, ...] | None:
+        """The knots that have a row of `value` each; None where one value serves all steps."""
+        return self.knots if self.factors is None else None
 
     def weights(self, t: int) -> Array:
-        """(K,) share of each knot in the value at inner step t; they sum to one."""
+        """(K,) share of each row of the value at inner step t, or (1,) its multiple where one value serves all steps."""
+        shares = self._shares(t)
+        return shares if self.factors is None else np.array([shares @ self.factors])
+
+    def _shares(self, t: int) -> Array:
+        """(K,) share of each knot at inner step t; they sum to one."""
         knots = self.knots or (0,)
         w = np.zeros(len(knots))
         k = int(np.searchsorted(knots, t, side="right")) - 1
@@ -103,8 +117,11 @@ def _check_bounds(value: Array, ends: Array, transform: Transform) -> None:
         )
 
 
-def _check_knots(value: Array, knots: Any, schedule: Any) -> tuple[int, ...] | None:
+def _check_knots(value: Array, knots: Any, schedule: Any, alike: bool) -> tuple[int, ...] | None:
+    """The knots, with a row of value each unless they are alike but for given factors."""
     choice("Hyperparameter", "schedule", schedule, ("linear", "constant"))
+    if alike and value.ndim == 2:
+        raise ShapeError(f"Hyperparameter: with factors the value is a scalar or (n,), got shape {value.shape}.")
     if knots is None:
         if value.ndim == 2:
             raise ShapeError(
@@ -118,11 +135,31 @@ def _check_knots(value: Array, knots: Any, schedule: Any) -> tuple[int, ...] | N
             f"Hyperparameter: knots must be increasing whole inner steps, the first one 0, got "
             f"{short(steps if steps else knots)}."
         )
-    if value.ndim == 0 or value.shape[0] != len(steps):
+    if not alike and (value.ndim == 0 or value.shape[0] != len(steps)):
         raise ShapeError(
-            f"Hyperparameter: {len(steps)} knots need a value with {len(steps)} rows, got shape {value.shape}."
+            f"Hyperparameter: {len(steps)} knots need a value with {len(steps)} rows, got shape {value.shape}. Or give "
+            f"one value and factors=, its fixed multiples at the knots."
         )
     return steps
+
+
+def _check_factors(factors: Any, knots: tuple[int, ...] | None, transform: Transform) -> tuple[float, ...] | None:
+    if factors is None:
+        return None
+    call = transform.name
+    if knots is None:
+        raise HyperparameterError(f"{call}: factors need knots, the inner steps at which they hold: knots=(0, T).")
+    x, most = reals(call, "factors", factors), 1.0 if transform is LOGIT else math.inf
+    if x.shape != (len(knots),):
+        raise ShapeError(f"{call}: factors must be {len(knots)} numbers, one a knot, got shape {x.shape}.")
+    if transform.name == "box":
+        raise HyperparameterError("box: factors would leave the box. Use log or identity with bounds on the value.")
+    if not ((x >= 0) & (x <= most) & (x < math.inf)).all() or not x[0] > 0:
+        raise HyperparameterError(
+            f"{call}: factors must be finite, at least 0{', at most 1' if most == 1 else ''} and the first one above 0, "
+            f"got {x.tolist()}."
+        )
+    return tuple(x.tolist())
 
 
 def _make(
@@ -132,13 +169,14 @@ def _make(
     default: tuple[float, float],
     knots: Any,
     schedule: Any,
+    factors: Any = None,
 ) -> Hyperparameter:
     array = reals(transform.name, "value", value)
     if bounds is None:
         finite = array[np.isfinite(array)]
         low, high = default  # widened to admit the start, never narrower than the user's own wish
         bounds = (min(low, finite.min()), max(high, finite.max())) if finite.size else default
-    return Hyperparameter(array, transform, bounds, knots, schedule)
+    return Hyperparameter(array, transform, bounds, knots, schedule, factors)
 
 
 def log(
@@ -147,6 +185,7 @@ def log(
     bounds: tuple[float, float] | None = None,
     knots: Any = None,
     schedule: Literal["linear", "constant"] = "linear",
+    factors: Any = None,
 ) -> Hyperparameter:
     """A positive hyperparameter tuned on a log scale: lr, weight_decay, eps, regularisers, weights.
 
@@ -155,11 +194,13 @@ def log(
       bounds: natural (low, high); default (1e-10, 1e4), widened to admit the start.
       knots: None, or K increasing inner steps starting with 0.
       schedule: "linear" or "constant" between knots.
+      factors: K fixed multiples, one a knot, of a scalar or `(n,)`: `log(0.1, knots=(0, T), factors=(1, 0))` tunes the
+        height of a linear decay.
 
     Raises:
       HyperparameterError: a value at or below zero, or outside the bounds.
     """
-    return _make(value, LOG, bounds, (1e-10, 1e4), knots, schedule)
+    return _make(value, LOG, bounds, (1e-10, 1e4), knots, schedule, factors)
 
 
 def logit(
@@ -168,12 +209,13 @@ def logit(
     bounds: tuple[float, float] | None = None,
     knots: Any = None,
     schedule: Literal["linear", "constant"] = "linear",
+    factors: Any = None,
 ) -> Hyperparameter:
     """A fraction strictly between 0 and 1 tuned on a logit scale: momentum, betas, label smoothing.
 
     Default bounds (1e-5, 0.99999), widened to admit the start; otherwise as `log`.
     """
-    return _make(value, LOGIT, bounds, (1e-5, 0.99999), knots, schedule)
+    return _make(value, LOGIT, bounds, (1e-5, 0.99999), knots, schedule, factors)
 
 
 def identity(
@@ -182,9 +224,10 @@ def identity(
     bounds: tuple[float, float] | None = None,
     knots: Any = None,
     schedule: Literal["linear", "constant"] = "linear",
+    factors: Any = None,
 ) -> Hyperparameter:
     """A real hyperparameter tuned as it is.  Without bounds it may go anywhere; otherwise as `log`."""
-    return _make(value, IDENTITY, bounds, (-math.inf, math.inf), knots, schedule)
+    return _make(value, IDENTITY, bounds, (-math.inf, math.inf), knots, schedule, factors)
 
 
 def box(

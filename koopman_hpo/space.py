@@ -6,6 +6,7 @@ nothing downstream knows of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -199,7 +200,7 @@ class Space(Mapping[str, Hyperparameter]):
         seeds: dict[str, Array] = {}
         slopes = self.slopes(phi)
         for name, h in self._entries.items():
-            n = h.value.size if h.knots is None else h.value[0].size
+            n = math.prod(h.groups)
             w = h.weights(t)
             K = len(w)
             x = self._value(name, phi).reshape(K, n)
@@ -215,7 +216,7 @@ class Space(Mapping[str, Hyperparameter]):
 
 def _labels(name: str, h: Hyperparameter) -> list[str]:
     groups = [f"[{i}]" for i in range(h.groups[0])] if h.groups else [""]
-    knots = [""] if h.knots is None else [f"@{k}" for k in h.knots]
+    knots = [""] if h.rows is None else [f"@{k}" for k in h.rows]
     return [name + g + k for k in knots for g in groups]
 
 

@@ -159,6 +159,19 @@ def test_schedules_and_groups_agree_with_central_differences(schedule):
     assert report.error.max() < 1e-6, str(report)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop"])
+def test_the_height_of_a_given_schedule_is_the_sum_over_its_knots(name):
+    """value_k = height * factor_k: on a log scale the height's derivative is the sum of the knots'."""
+    make, batches, val = getattr(inner, name), toys.batches(2, 12), toys.data(9)
+    problem = toys.logistic(np.random.default_rng(5).normal(size=5), segments=(2, 3))
+    h = lambda lr: hypergradient(make(problem, Space(lr=lr)), batches, val).grad
+    height = h(log([0.05, 0.1], knots=(0, 5, 12), factors=(0.5, 1.0, 0.0)))
+    apart = h(log([[0.025, 0.05], [0.05, 0.1], [1e-300, 1e-300]], knots=(0, 5, 12), bounds=(0, 1)))
+    np.testing.assert_allclose(height, apart.reshape(3, 2)[:2].sum(axis=0), rtol=1e-10)
+    report = check_hypergradient(make(problem, Space(lr=log(0.05, knots=(0, 12), factors=(1, 0)))), batches, val)
+    assert report.error.max() < 1e-6, str(report)
+
+
 @pytest.mark.parametrize(("name", "flags"), [("sgd", {}), ("adamw", {}), ("rmsprop", {"centered": True})])
 def test_schedules_and_groups_agree_with_reverse_mode(name, flags):
     theta0, batches, val = np.random.default_rng(6).normal(size=5), toys.batches(3, 10), toys.data(5)

@@ -40,6 +40,7 @@ def mixed():
         l2=log([[1e-3, 1e-4], [1e-2, 1e-5]], knots=(0, 7), schedule="constant"),
         groups=box([0.2, 0.5], 0, 1),
         shift=identity(-3.0),
+        decay=log([0.1, 0.3], knots=(0, 10, 30), factors=(1, 0.5, 0)),
     )
 
 
@@ -69,9 +70,22 @@ def test_constant_schedule_jumps_at_its_knots():
     np.testing.assert_allclose(values, [0.1, 0.1, 0.3, 0.3])
 
 
+def test_factors_are_multiples_of_one_value_at_the_knots():
+    space = Space(
+        lr=log(0.2, knots=(0, 10, 30), factors=(1, 1, 0)), m=logit(0.8, knots=(0, 5), factors=(0.5, 1), schedule="constant")
+    )
+    assert space.labels == ("lr", "m")
+    assert space.scheduled
+    values = [space.at(space.phi0, t).values for t in (0, 10, 20, 30, 99)]
+    np.testing.assert_allclose([v["lr"] for v in values], [0.2, 0.2, 0.1, 0, 0])
+    np.testing.assert_allclose([v["m"] for v in values], [0.4, 0.8, 0.8, 0.8, 0.8])
+    assert space.natural(space.phi0)["lr"] == pytest.approx(0.2)  # the height
+
+
 def test_labels_name_every_coordinate():
     assert mixed().labels == (
         "lr@0", "lr@10", "lr@30", "momentum", "l2[0]@0", "l2[1]@0", "l2[0]@7", "l2[1]@7", "groups[0]", "groups[1]", "shift",
+        "decay[0]", "decay[1]",
     )  # fmt: skip
 
 
@@ -140,6 +154,16 @@ def test_the_start_is_the_users_array_no_more():
         (lambda: log([0.1, 0.2], knots=(0, 2.5)), HyperparameterError, "whole"),
         (lambda: log([0.1, 0.2], knots=(0, 5), schedule="linaer"), HyperparameterError, "'linear'"),
         (lambda: log(0.1, knots=7), HyperparameterError, "knots"),
+        (lambda: log(0.1, knots=(0, 5)), ShapeError, "factors="),
+        (lambda: log(0.1, factors=(1, 0)), HyperparameterError, "need knots"),
+        (lambda: log(0.1, knots=(0, 5), factors=(1, 0, 0)), ShapeError, "2 numbers"),
+        (lambda: log(0.1, knots=(0, 5), factors=1), ShapeError, "2 numbers"),
+        (lambda: log(0.1, knots=(0, 5), factors="ab"), ShapeError, "number"),
+        (lambda: log(0.1, knots=(0, 5), factors=(1, -1)), HyperparameterError, "at least 0"),
+        (lambda: log(0.1, knots=(0, 5), factors=(0, 1)), HyperparameterError, "first one above 0"),
+        (lambda: log(0.1, knots=(0, 5), factors=(1, np.nan)), HyperparameterError, "finite"),
+        (lambda: logit(0.9, knots=(0, 5), factors=(1, 1.05)), HyperparameterError, "at most 1"),
+        (lambda: log([[0.1], [0.2]], knots=(0, 5), factors=(1, 0)), ShapeError, "scalar"),
         (lambda: Space(lr=0.1), HyperparameterError, r"lr=log\(0.1\)"),
         (lambda: mixed().phi({"shift": 1}), HyperparameterError, "no value for"),
         (lambda: mixed().phi({"momentun": 1}), HyperparameterError, "'momentum'"),

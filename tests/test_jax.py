@@ -410,7 +410,10 @@ def test_impossible_directions_are_refused(along, said):
 @pytest.mark.parametrize("every", [1, 5, 20])
 def test_a_window_is_its_steps_whatever_the_batches(batches, every):
     scheduled = Space(
-        lr=log([0.05, 0.01], knots=(0, 8)), momentum=logit(0.7), keep=logit([0.8, 0.6], knots=(0, 5)), l2=log(0.01)
+        lr=log([0.05, 0.01], knots=(0, 8)),
+        momentum=logit(0.7, knots=(0, 6), factors=(0.5, 1)),
+        keep=logit([0.8, 0.6], knots=(0, 5)),
+        l2=log(0.01),
     )
     one, two = noisy(scheduled), noisy(scheduled)
     losses, H = one.run(scheduled.phi0, iter(batches), VAL, every)

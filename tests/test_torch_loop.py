@@ -17,6 +17,7 @@ from koopman_hpo import (
     Global,
     Glocal,
     Guard,
+    HyperparameterError,
     Local,
     Space,
     Tuner,
@@ -536,13 +537,24 @@ def test_tune_takes_names_dicts_lists_and_spaces():
     assert per["momentum"].value.tolist() == [0.9, 0.9]
     knots = space([{"lr": log([0.2, 0.1], knots=(0, 5))}, {"lr": log([0.5, 0.4], knots=(0, 5))}])
     assert knots["lr"].value.tolist() == [[0.2, 0.5], [0.1, 0.4]]
+    decay = lambda lr, end=0: {"lr": log(lr, knots=(0, 5), factors=(1, end))}
+    assert space([decay(0.2), decay(0.5)]).labels == ("lr[0]", "lr[1]")
+    with pytest.raises(HyperparameterError, match="schedule"):
+        space([decay(0.2), decay(0.5, 0.1)])
     adam = lambda model: torch.optim.Adam(model.parameters(), betas=(0.8, 0.95))
     betas = space({"betas": None}, adam)
     assert betas.names == ("beta1", "beta2")
     assert (betas["beta1"].value, betas["beta2"].value) == (0.8, 0.95)
 
 
-@pytest.mark.parametrize("tune", [{"lr": [0, 1], "momentum": None}, {"lr": log([[0.1, 0.3], [0.2, 0.1]], knots=(0, 4))}])
+@pytest.mark.parametrize(
+    "tune",
+    [
+        {"lr": [0, 1], "momentum": None},
+        {"lr": log([[0.1, 0.3], [0.2, 0.1]], knots=(0, 4))},
+        {"lr": log([0.1, 0.3], knots=(0, 4), factors=(1, 0.5))},
+    ],
+)
 def test_groups_and_schedules_agree_with_differences_and_show_in_param_groups(tune):
     model = mlp()
     opt = two_groups(model, momentum=0.9)
@@ -552,7 +564,8 @@ def test_groups_and_schedules_agree_with_differences_and_show_in_param_groups(tu
     for _ in range(2):
         run.step(run.space.phi0, None)
     shown = [group["lr"] for group in opt.param_groups]
-    np.testing.assert_allclose(shown, [0.15, 0.2] if "momentum" not in tune else [0.1, 0.3], rtol=1e-12)
+    constant, forms = "momentum" in tune, getattr(tune["lr"], "factors", None)
+    np.testing.assert_allclose(shown, [0.1, 0.3] if constant else [0.075, 0.225] if forms else [0.15, 0.2], rtol=1e-12)
 
 
 def test_tensors_of_the_loss_agree_with_differences():

@@ -223,4 +223,5 @@ def _sum(one: Part | None, two: Part) -> Part:
 
 def _tensor(space: Space, name: str, like: torch.Tensor) -> torch.Tensor:
     h = space[name]
-    return torch.tensor(h.value[0] if h.knots else h.value, dtype=torch.float64).to(like.detach()).requires_grad_()
+    start = h.value[0] if h.rows else h.value * h.weights(0)[0]
+    return torch.tensor(start, dtype=torch.float64).to(like.detach()).requires_grad_()

@@ -145,7 +145,7 @@ class Memory:
         if self._read() != self._reading:
             raise AdapterError(
                 f"{_CALL}.step: param_groups were changed or added to from outside, by a scheduler perhaps. A schedule "
-                f"is tuned with knots: tune={{'lr': log([.1, .01], knots=(0, 1000))}}."
+                f"belongs into tune: {{'lr': log([.1, .01], knots=(0, 1000))}}, or log(.1, knots=..., factors=...)."
             )
         if any(p.requires_grad for p in self._frozen):
             raise AdapterError(

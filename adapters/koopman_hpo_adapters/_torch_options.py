@@ -159,7 +159,7 @@ def _by_group(tune: Sequence[Any], groups: list[dict[str, Any]], rule: Rule) -> 
     entries = {}
     for name in tune[0]:
         each = [_entry(name, t[name], [g], rule, {}) for t, g in zip(tune, groups, strict=True)]
-        if len({(h.transform, h.knots, h.schedule, h.groups) for h in each}) > 1 or each[0].groups:
+        if len({(h.transform, h.knots, h.schedule, h.factors, h.groups) for h in each}) > 1 or each[0].groups:
             raise HyperparameterError(f"{_CALL}: {name} must be one value a group, of one transform and schedule in all.")
         bounds = (min(h.bounds[0] for h in each), max(h.bounds[1] for h in each))
         entries[name] = replace(each[0], value=np.stack([h.value for h in each], axis=-1), bounds=bounds)

@@ -4,8 +4,9 @@ Data: MNIST's 10,000 test digits as the whole data set, 8,000 to train, 1,000 to
 with its two idx files, plain or gzipped (--data), or fetched once by pooch and checked by its MD5 sum (--fetch).  Without
 them scikit-learn's digits, enlarged to 28 x 28, and the output says so.  Each optimizer and learning rate is trained
 untuned, with local hypergradients, and glocally; with --full beside the best of ten random full runs, chosen by validation
-loss.  Large outer steps find the learning rate in a few windows; the guard begins training again where they overshoot,
-and keeps the rate from falling faster than a linear decay (docs/tuning.md).
+loss.  In all of them lr falls linearly to zero.  A tuned run is two: an epoch at constant lr with large outer steps finds
+where to start; then the model begins anew, is trained, and with small steps tuned: the height of lr's decay, momentum (or
+beta1) and weight decay.
 
     python examples/torch_mnist.py [--data DIR | --fetch] [--full] [--lr 1e-4 1] [--optimizer sgd adam] [--out mnist.png]
 """
@@ -36,14 +37,14 @@ FILES = {  # MD5 sums, as torchvision has them
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
 OPTIMIZERS = {
-    "sgd": lambda model, lr, momentum=0.5, decay=1e-4: torch.optim.SGD(
+    "sgd": lambda model, lr, momentum, decay: torch.optim.SGD(
         model.parameters(), lr, momentum=momentum, weight_decay=decay
     ),
-    "adam": lambda model, lr, momentum=0.5, decay=1e-4: torch.optim.Adam(
+    "adam": lambda model, lr, momentum, decay: torch.optim.Adam(
         model.parameters(), lr, betas=(momentum, 0.999), weight_decay=decay
     ),
 }
-STRATEGIES = {"untuned": None, "local": Local(), "glocal": Glocal(snapshots=13)}
+STRATEGIES = {"local": Local(), "glocal": Glocal(snapshots=13)}
 SECOND = {"sgd": "momentum", "adam": "beta1"}  # tuned beside lr and weight decay
 
 
@@ -62,7 +63,7 @@ class Run(NamedTuple):
     accuracy: float  # of the test set, in %
     test_loss: float
     val_loss: float
-    history: History | None
+    histories: tuple[History, ...]  # of the search for a start and of training
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -124,53 +125,90 @@ def batches(X, y, budget, seed):
             yield X[part], y[part]
 
 
-def space(optimizer, lr):
-    """What is tuned, and where it starts: from a low momentum, for at .9 the edge of stability is soon passed and lr / (1 -
-    momentum) falls fast; with a ceiling, for a long memory undoes what lr does about noise."""
-    second = {SECOND[optimizer]: logit(0.5, bounds=(0.1, 0.9))}
-    return Space(lr=log(lr, bounds=(1e-6, 10)), **second, weight_decay=log(1e-4, bounds=(1e-7, 1e-1)))
+def hypergradients(model, optimizer, hyper, sets, budget, strategy, steps, falling, label, **settings):
+    """The optimizer for a loop, tuned from (lr, momentum or beta1, weight decay); lr constant, or falling to zero."""
+    lr, second, decay = hyper
+    X, y = (part[: budget.val] for part in sets[1])
+    form = {"knots": (0, steps), "factors": (1, 0)} if falling else {}
+    tune = {
+        "lr": log(lr, bounds=(1e-6, 10), **form),
+        SECOND[optimizer]: logit(second, bounds=(0.1, 0.9)),  # a long memory undoes what lr does about noise
+        "weight_decay": log(decay, bounds=(1e-7, 1e-1)),
+    }
+    return HyperOptimizer(
+        OPTIMIZERS[optimizer](model, *hyper),
+        tune=Space(**tune),
+        val_loss=lambda: cross_entropy(model(X), y),
+        strategy=strategy,
+        steps=steps,
+        window=budget.window,
+        callbacks=[Progress(label)],
+        **settings,
+    )
 
 
-def train(strategy, optimizer, hyper, sets, budget, seed, label=""):
-    """A run from the hyperparameters given, held where they are if strategy is None."""
+def search(strategy, optimizer, lr, sets, budget, seed, label):
+    """Hyperparameters to start from, and how they were found: an epoch with large outer steps, begun again where one
+    overshoots.  Late flips of the hypergradient's sign are noise here and no chaos."""
     torch.manual_seed(seed)
-    (X, y), (X_val, y_val), (X_test, y_test) = sets
+    model, budget = lenet(), budget._replace(epochs=1)
+    guard = Guard(again=1.0, excess=0.5, chaos_growth=np.inf)
+    start, steps = (lr, 0.5, 1e-4), length(sets, budget)
+    settings = {"outer": outer.adam(0.5), "guard": guard}
+    opt = hypergradients(model, optimizer, start, sets, budget, strategy, steps, False, f"{label} start", **settings)
+    for x, target in batches(*sets[0], budget, seed + 100):
+        opt.step(cross_entropy(model(x), target))
+    return tuple(opt.tuner.hyper.values()), opt.tuner.history
+
+
+def tuned(strategy, optimizer, lr, sets, budget, seed, label):
+    """A run whose start is searched for, from that lr."""
+    found, before = search(strategy, optimizer, lr, sets, budget, seed, label)
+    torch.manual_seed(seed)
     model = lenet()
+    guard = Guard(again=0.3, excess=0.5, chaos_growth=np.inf)
+    opt = hypergradients(model, optimizer, found, sets, budget, strategy, length(sets, budget), True, label, guard=guard)
+    for x, target in batches(*sets[0], budget, seed):
+        opt.step(cross_entropy(model(x), target))
+    return judged(model, sets, (before, opt.tuner.history))
+
+
+def untuned(optimizer, hyper, sets, budget, seed, falling=True):
+    """A run in plain torch."""
+    torch.manual_seed(seed)
+    model, steps = lenet(), length(sets, budget)
     opt = OPTIMIZERS[optimizer](model, *hyper)
-    if strategy is not None:
-        opt = HyperOptimizer(
-            opt,
-            tune=space(optimizer, *hyper),
-            val_loss=lambda: cross_entropy(model(X_val[: budget.val]), y_val[: budget.val]),
-            strategy=strategy,
-            steps=budget.epochs * (len(y) // budget.batch),
-            window=budget.window,
-            outer=outer.adam(0.5),
-            guard=Guard(again=0.3, fall=1.0, excess=0.5, chaos_growth=np.inf),  # late flips of sign are noise here
-            callbacks=[Progress(label)],
-        )
-    for x, target in batches(X, y, budget, seed):
-        loss = cross_entropy(model(x), target)
-        if strategy is None:
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-        else:
-            opt.step(loss)
-    with torch.no_grad():
-        logits = model(X_test)
-        accuracy = 100 * float((logits.argmax(1) == y_test).double().mean())
-        losses = float(cross_entropy(logits, y_test)), float(cross_entropy(model(X_val), y_val))
-        return Run(accuracy, *losses, opt.tuner.history if strategy else None)
+    for t, (x, target) in enumerate(batches(*sets[0], budget, seed)):
+        opt.param_groups[0]["lr"] = hyper[0] * (1 - t / steps if falling else 1)
+        opt.zero_grad()
+        cross_entropy(model(x), target).backward()
+        opt.step()
+    return judged(model, sets, ())
 
 
-def random_search(n, optimizer, sets, budget, seed):
+def length(sets, budget):
+    """Inner steps of a run."""
+    return budget.epochs * (len(sets[0][1]) // budget.batch)
+
+
+@torch.no_grad()
+def judged(model, sets, histories):
+    (val_loss, _), (test_loss, accuracy) = (scores(model, *part) for part in sets[1:])
+    return Run(accuracy, test_loss, val_loss, histories)
+
+
+def scores(model, X, y):
+    logits = model(X)
+    return float(cross_entropy(logits, y)), 100 * float((logits.argmax(1) == y).double().mean())
+
+
+def random_search(n, optimizer, sets, budget, seed, falling):
     """The run with the lowest validation loss among n with random lr, momentum (or beta1) and weight decay."""
     rng = np.random.default_rng(seed)
     runs = []
     for _ in range(n):
         hyper = 10 ** rng.uniform(-4, 0), rng.uniform(0, 0.99), 10 ** rng.uniform(-6, -2)
-        runs.append(train(None, optimizer, hyper, sets, budget, seed))
+        runs.append(untuned(optimizer, hyper, sets, budget, seed, falling))
     return min(runs, key=lambda run: run.val_loss if np.isfinite(run.val_loss) else np.inf)
 
 
@@ -184,13 +222,17 @@ def picture(runs):
         axes = fig.subplots(len(runs), 2, squeeze=False)
         for (left, right), (optimizer, starts) in zip(axes, runs.items(), strict=True):
             for colour, (lr, found) in zip(COLOURS, starts.items(), strict=False):
-                history, name = found["glocal"].history, f"from {lr:g}"
-                left.plot(history.step, history.value, color=colour, label=name)
-                right.plot([0, *history.step], [lr, *history.natural[:, 0]], color=colour, label=name)
+                before, after = found["glocal"].histories
+                begin, end = before.step[-1], after.step[-1]
+                falling = after.natural[:, 0] * (1 - after.step / end)  # zero at the end, which a log scale leaves out
+                left.plot([*before.step, *(begin + after.step)], [*before.value, *after.value], color=colour)
+                steps, rates = [0, *before.step, *(begin + after.step[:-1])], [lr, *before.natural[:, 0], *falling[:-1]]
+                right.plot(steps, rates, color=colour, label=f"from {lr:g}")
             left.set(title=f"LeNet, {optimizer}: validation loss, glocal", yscale="log", xlabel="inner steps")
-            right.set(title="Learning rate, glocal", yscale="log", xlabel="inner steps")
+            right.set(title="Learning rate, glocal", yscale="log", xlabel="inner steps; training begins anew at the line")
             left.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
             for ax in (left, right):
+                ax.axvline(begin, color="0.7", lw=0.8)
                 ax.yaxis.set_major_formatter("{x:g}")
             right.legend()
     return fig
@@ -207,7 +249,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="torch_mnist.png", help="figure to write")
     args = parser.parse_args(argv)
-    budget = Budget(32, 3, 25, 1000) if args.full else Budget(16, 2, 12, 100)
+    budget = Budget(32, 3, 25, 1000) if args.full else Budget(16, 2, 5, 100)
     sets, what = data(fetched() if args.fetch else args.data, args.seed)
     if not args.full:
         sets[0] = tuple(part[:1000] for part in sets[0])
@@ -215,15 +257,14 @@ def main(argv=None):
     runs = {}
     for optimizer in args.optimizer or (("sgd", "adam") if args.full else ("sgd",)):
         if args.full:
-            best = random_search(10, optimizer, sets, budget, args.seed)
-            print(
-                f"{optimizer:4s} best of 10 random full runs: {best.accuracy:.1f} % (loss {best.test_loss:.3f})", flush=True
-            )
+            for how, falling in (("constant", False), ("falling", True)):
+                best = random_search(10, optimizer, sets, budget, args.seed, falling)
+                line = f"best of 10 random full runs, lr {how}: {best.accuracy:.1f} % (loss {best.test_loss:.3f})"
+                print(f"{optimizer:4s} {line}", flush=True)
         for lr in args.lr or ((1e-4, 1e-2, 1.0) if args.full else (1e-3,)):
-            found = {
-                name: train(strategy, optimizer, (lr,), sets, budget, args.seed, f"{optimizer} {lr:g} {name}")
-                for name, strategy in STRATEGIES.items()
-            }
+            found = {"untuned": untuned(optimizer, (lr, 0.5, 1e-4), sets, budget, args.seed)}
+            for name, strategy in STRATEGIES.items():
+                found[name] = tuned(strategy, optimizer, lr, sets, budget, args.seed, f"{optimizer} {lr:g} {name}")
             runs.setdefault(optimizer, {})[lr] = found
             line = ", ".join(f"{name} {run.accuracy:.1f} % ({run.test_loss:.3f})" for name, run in found.items())
             over = {name: found["glocal"].accuracy - found[name].accuracy for name in ("untuned", "local")}

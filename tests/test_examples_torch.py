@@ -98,9 +98,29 @@ def test_mnist_without_pooch_says_how_to_get_it(mnist, monkeypatch):
 
 def test_mnist_random_search_keeps_the_lowest_validation_loss(mnist, monkeypatch):
     losses = iter([np.nan, 0.5, 0.2, 0.3])
-    fake = lambda strategy, optimizer, hyper, *rest: mnist["Run"](90.0, 0.3, next(losses), None)
-    monkeypatch.setitem(mnist["random_search"].__globals__, "train", fake)
-    assert mnist["random_search"](4, "sgd", None, None, 0).val_loss == 0.2
+    fake = lambda *_: mnist["Run"](90.0, 0.3, next(losses), ())
+    monkeypatch.setitem(mnist["random_search"].__globals__, "untuned", fake)
+    assert mnist["random_search"](4, "sgd", None, None, 0, True).val_loss == 0.2
+
+
+def test_mnist_trains_with_an_lr_that_falls_to_zero(mnist, monkeypatch):
+    """The untuned run's steps are those of torch's own linear scheduler."""
+    torch.manual_seed(1)
+    sets = [(torch.randn(n, 1, 28, 28), torch.arange(n) % 10) for n in (40, 10, 10)]
+    budget, seen = mnist["Budget"](8, 2, 5, 10), []
+    monkeypatch.setitem(mnist["untuned"].__globals__, "judged", lambda model, *_: seen.append(model))
+    mnist["untuned"]("sgd", (0.1, 0.5, 1e-3), sets, budget, 3)
+    torch.manual_seed(3)
+    model = mnist["lenet"]()
+    opt = torch.optim.SGD(model.parameters(), 0.1, momentum=0.5, weight_decay=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 - t / 10)
+    for x, y in mnist["batches"](*sets[0], budget, 3):
+        opt.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        opt.step()
+        scheduler.step()
+    for got, want in zip(seen[0].parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 # -- reweighting -------------------------------------------------------------------------------------------------------

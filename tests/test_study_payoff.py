@@ -294,6 +294,7 @@ def test_the_verdict_online_is_against_the_last_value_with_the_default_step():
     assert "truth -10.0 %" in said
     assert said.count("-10.0 %") == 1
     assert "sgd, clipped: last value +20.0 %" in said
+    assert "once a window: last value, two steps of each +0.0 %" in said
 
 
 def test_without_data_the_page_says_so():
@@ -320,10 +321,23 @@ def test_shares_of_loops_are_of_true_globals_cost():
     assert found["glocal"].share == pytest.approx(0.5, rel=0.1)
     assert found["glocal"].third == pytest.approx(0.8)
     assert found["glocal"].end == pytest.approx(-0.2)
-    said = payoff_restarts.block({"results": {"restarts": [row | {"task": n, "method": m} for n, m, row in every(rows)]}})
+    made = {"results": {"restarts": [row | {"task": n, "method": m} for n, m, row in every(rows)]}}
+    said = payoff_restarts.block(made)
     assert said.count("\n") == len(payoff_restarts.LOOPS) + 1
-    assert "| glocal | 50 % | 50 % | 50 % | 50 % | +80.0 % | -20.0 % | 50 % | -20.0 % |" in said
+    assert "| glocal | 50 % | 50 % | 50 % | 50 % | +80.0 % | -20.0 % | 0.500 | 0.400 |" in said
     assert "| last value, racing | 50 % | 50 % | 50 % | 50 % | +80.0 % | -20.0 % | - | - |" in said
+    said = payoff_restarts.verdict(made)
+    assert "or less, in the median: none. There true global stands +80.0 % above its end" in said
+    for row in made["results"]["restarts"]:
+        if row["method"] == "aged" and row["task"] != "lr 0.3":
+            row["trace"] = [[1.0, 0.9, 0.9], [4.0, 0.5, 0.5], [40.0, 0.5, 0.5]]
+        if row["method"] == "last value, racing" and row["task"] == "lr 0.3":
+            row["trace"] = [[1.0, 0.9, 0.9], [40.0, 0.9, 0.9]]
+    said = payoff_restarts.verdict(made)
+    assert "or less, in the median: aged (19 %)." in said
+    assert "and lowest, at +26.7 %: aged." in said
+    there = [m for m in payoff_restarts.LOOPS if m not in ("true global", "last value, racing")]
+    assert said.endswith(f"on all three tasks: {'; '.join(there)}.")
 
 
 def every(rows):

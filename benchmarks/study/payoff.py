@@ -27,7 +27,7 @@ def windows_verdict(record: dict[str, Any]) -> str:
     aged, lines = plain["ideas"]["aged"], []
     for part in payoff_windows.PARTS:
         better = {n: v[part] for n, v in plain["ideas"].items() if v[part] < 0.95 * aged[part]}
-        listed = ", ".join(f"{n} ({number(x)})" for n, x in sorted(better.items(), key=lambda item: item[1])) or "nothing"
+        listed = "; ".join(f"{n} ({number(x)})" for n, x in sorted(better.items(), key=lambda item: item[1])) or "nothing"
         where = part.replace("mini", "batches of 32")
         lines.append(f"- {where}: aged has {number(aged[part])} of the last value's error; clearly less: {listed}.")
     return "\n".join(lines)
@@ -37,6 +37,7 @@ BLOCKS = {
     "payoff.windows": payoff_windows.block,
     "payoff.windows_verdict": windows_verdict,
     "payoff.restarts": given(payoff_restarts.block),
+    "payoff.restarts_verdict": given(payoff_restarts.verdict),
     "payoff.online": given(payoff_online.block),
     "payoff.several": given(payoff_online.several_block),
     "payoff.online_verdict": given(payoff_online.verdict),

@@ -200,6 +200,7 @@ def row(job: tuple[str, int, str], data: Any, costs: dict[str, Cost]) -> dict[st
 
 TASKS = {name: make for name, make in restarts.TASKS.items() if name != "layers"} | {"knots": scheduled}
 LABELS = {name: name.replace("lr", "from lr") for name in TASKS} | {"knots": "8 knots"}
+SOME = 15.0  # runs
 OTHERS = ("true global", "last value", "glocal", "aged")  # on a schedule of knots
 
 
@@ -233,19 +234,51 @@ def standings(rows: list[dict[str, Any]], name: str) -> dict[str, Standing]:
     return out
 
 
+THREE = tuple(name for name in TASKS if name != "knots")
+
+
 def block(record: dict[str, Any]) -> str:
-    """A line a loop: shares on the tasks of q = 3 and their median; means over these of the rest; the schedule of knots."""
-    found = {name: standings(record["results"]["restarts"], name) for name in TASKS}
-    say = lambda x: percent(x) if math.isfinite(x) else "not reached"
+    """A line a loop: shares on the tasks of q = 3 and their median; means over these of the rest; losses with knots."""
+    rows = record["results"]["restarts"]
+    found = {name: standings(rows, name) for name in THREE}
     over = lambda values: f"{100 * float(np.mean(values)):+.1f} %"
     lines = []
     for m in LOOPS:
-        three = [found[n][m] for n in TASKS if n != "knots"]
+        three = [found[n][m] for n in THREE]
         shares = [s.share for s in three]
-        knots = found["knots"].get(m)
-        at = [None, None] if knots is None else [say(knots.share), over([knots.end])]
-        middle = say(float(np.median(shares)))
-        lines.append([m, *map(say, shares), middle, over([s.third for s in three]), over([s.end for s in three]), *at])
-    names = [LABELS[n] for n in TASKS if n != "knots"]
-    heads = ["loop", *names, "median", "at a third of the cost", "in the end", "8 knots", "8 knots, in the end"]
-    return table(heads, lines)
+        here = [
+            *map(say, (*shares, float(np.median(shares)))),
+            over([s.third for s in three]),
+            over([s.end for s in three]),
+        ]
+        lines.append([m, *here, *knots(rows, m)])
+    heads = ["loop", *(LABELS[n] for n in THREE), "median", "at a third of the cost", "in the end"]
+    return table([*heads, f"8 knots, {SOME:g} runs", "8 knots, in the end"], lines)
+
+
+def say(share: float) -> str:
+    return percent(share) if math.isfinite(share) else "not reached"
+
+
+def knots(rows: list[dict[str, Any]], method: str) -> list[str | None]:
+    """Validation losses on the schedule of knots, after SOME runs and in the end."""
+    if method not in OTHERS:
+        return [None, None]
+    values = restarts.reached({"results": {"rows": rows}}, "knots", method)
+    return [f"{x:.3f}" for x in (float(values[np.searchsorted(restarts.GRID, SOME)]), restarts.end(values))]
+
+
+def verdict(record: dict[str, Any]) -> str:
+    """Which loops take a third or less, in the median, and which stand lowest there."""
+    found = [standings(record["results"]["restarts"], name) for name in THREE]
+    median = {m: float(np.median([part[m].share for part in found])) for m in LOOPS}
+    cheap = [f"{m} ({say(x)})" for m, x in median.items() if x <= 1 / 3]
+    third = {m: float(np.mean([part[m].third for part in found])) for m in LOOPS}
+    low = min(third, key=third.__getitem__)
+    reached = [m for m in LOOPS if all(math.isfinite(part[m].share) for part in found) and m != "true global"]
+    per_cent = {m: f"{100 * x:+.1f} %" for m, x in third.items()}
+    return (
+        f"At a third of true global's cost or less, in the median: {'; '.join(cheap) or 'none'}. There true global stands "
+        f"{per_cent['true global']} above its end, and lowest, at {per_cent[low]}: {low}. Reach it on all three tasks: "
+        f"{'; '.join(reached) or 'none'}."
+    )

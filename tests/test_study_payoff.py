@@ -323,7 +323,8 @@ def test_shares_of_loops_are_of_true_globals_cost():
     assert found["glocal"].end == pytest.approx(-0.2)
     made = {"results": {"restarts": [row | {"task": n, "method": m} for n, m, row in every(rows)]}}
     said = payoff_restarts.block(made)
-    assert said.count("\n") == len(payoff_restarts.LOOPS) + 1
+    assert said.startswith("One seed.\n\n| loop |")
+    assert said.count("\n") == len(payoff_restarts.LOOPS) + 3
     assert "| glocal | 50 % | 50 % | 50 % | 50 % | +80.0 % | -20.0 % | 0.500 | 0.400 |" in said
     assert "| last value, racing | 50 % | 50 % | 50 % | 50 % | +80.0 % | -20.0 % | - | - |" in said
     said = payoff_restarts.verdict(made)

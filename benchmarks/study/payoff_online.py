@@ -19,7 +19,7 @@ import numpy as np
 from koopman_hpo import Space, koopman, krylov, log, outer
 from koopman_hpo.strategies import Window
 
-from .methods import Cost, rounded, tuned
+from .methods import Cost, rounded, seeds, tuned
 from .page import table
 from .restarts import clean
 from .settings import Settings
@@ -218,15 +218,15 @@ def row(job: tuple[str, int, str, str], data: Any) -> dict[str, Any]:
     return {"task": name, "seed": seed, "estimate": estimate, "step": step, "end": rounded([at.val, at.test])}
 
 
-def plan(seeds: Any) -> list[tuple[str, int, str, str]]:
+def plan(several: Any) -> list[tuple[str, int, str, str]]:
     pairs = [(e, s) for e in ESTIMATES for s in STEPS if s != "trust region" or e in ("krylov", "truth")]
     pairs += [(name, "") for name in SEVERAL]
-    return [(task, seed, e, s) for task in TASKS for seed in seeds for e, s in pairs]
+    return [(task, seed, e, s) for task in TASKS for seed in several for e, s in pairs]
 
 
 def measure(settings: Settings) -> list[dict[str, Any]]:
-    seeds = range(FIRST_SEED, FIRST_SEED + (5 if settings.full else 2))
-    return settings.map(partial(row, data=settings.data), plan(seeds))
+    several = range(FIRST_SEED, FIRST_SEED + (5 if settings.full else 2))
+    return settings.map(partial(row, data=settings.data), plan(several))
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -247,7 +247,8 @@ def block(record: dict[str, Any]) -> str:
     """Test losses, a table a task."""
     heads = lambda task: [LABELS[task], *STEPS]
     line = lambda task, e: [e, *(said(mean_of(record, task, e, s)) for s in STEPS)]
-    return "\n\n".join(table(heads(task), [line(task, e) for e in ESTIMATES]) for task in TASKS)
+    tables = [table(heads(task), [line(task, e) for e in ESTIMATES]) for task in TASKS]
+    return "\n\n".join([seeds({"results": {"rows": record["results"]["online"]}}), *tables])
 
 
 def several_block(record: dict[str, Any]) -> str:

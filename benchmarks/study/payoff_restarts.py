@@ -21,7 +21,7 @@ from koopman_hpo.koopman import aging
 from koopman_hpo.strategies import Window
 
 from . import restarts
-from .methods import Cost, cost, rounded, train
+from .methods import Cost, cost, rounded, seeds, train
 from .page import percent, table
 from .settings import Settings
 from .tasks import Task, scheduled
@@ -205,9 +205,9 @@ OTHERS = ("true global", "last value", "glocal", "aged")  # on a schedule of kno
 
 
 def measure(settings: Settings) -> list[dict[str, Any]]:
-    seeds = range(FIRST_SEED, FIRST_SEED + (5 if settings.full else 2))
+    several = range(FIRST_SEED, FIRST_SEED + (5 if settings.full else 2))
     costs = {name: cost(make(settings.data, FIRST_SEED)) for name, make in TASKS.items()}
-    jobs = [(name, seed, m) for name in TASKS for seed in seeds for m in (OTHERS if name == "knots" else LOOPS)]
+    jobs = [(name, seed, m) for name in TASKS for seed in several for m in (OTHERS if name == "knots" else LOOPS)]
     return settings.map(partial(row, data=settings.data, costs=costs), jobs)
 
 
@@ -253,7 +253,8 @@ def block(record: dict[str, Any]) -> str:
         ]
         lines.append([m, *here, *knots(rows, m)])
     heads = ["loop", *(LABELS[n] for n in THREE), "median", "at a third of the cost", "in the end"]
-    return table([*heads, f"8 knots, {SOME:g} runs", "8 knots, in the end"], lines)
+    made = table([*heads, f"8 knots, {SOME:g} runs", "8 knots, in the end"], lines)
+    return f"{seeds({'results': {'rows': rows}})}\n\n{made}"
 
 
 def say(share: float) -> str:

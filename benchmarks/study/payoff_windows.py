@@ -264,5 +264,5 @@ def block(record: dict[str, Any]) -> str:
     lines = [[n, *(found["ideas"][n][p] for found in (plain, cycled) for p in mini)] for n in ideas]
     heads = [f"{batches}, {p.split(', ')[1]}" for batches in ("epochs drawn anew", "equal epochs") for p in mini]
     second = table(["batches of 32, error / last value's", *heads], [lines[0], own, *lines[1:]])
-    counts = ", ".join(f"{n} {say(p)}" for p, n in plain["windows"].items())
+    counts = "; ".join(f"{n} {say(p)}" for p, n in plain["windows"].items())
     return f"Windows: {counts}.\n\n{first}\n\n{second}"

@@ -9,7 +9,7 @@ where a record is what evidence.py stores: {"tier", "seconds", "cpu", "versions"
 
 from __future__ import annotations
 
-from . import costs, crossing, estimates, model_based, paper, questions, restarts, tuning
+from . import costs, crossing, estimates, model_based, paper, payoff, questions, restarts, tuning
 from .settings import Settings
 
 SECTIONS = {
@@ -20,6 +20,7 @@ SECTIONS = {
     "tuning": tuning,
     "crossing": crossing,
     "restarts": restarts,
+    "payoff": payoff,
     "paper": paper,
 }
 

@@ -173,7 +173,8 @@ class CoreInner:
           tangents: False takes a plain training step and leaves the tangents as they are.
 
         Returns:
-          The inner loss before the step; not finite if training diverged (nothing is raised then).
+          The inner loss before the step; not finite if training diverged (nothing is raised then).  A loss that the model
+          gives on a card is left there, `Unread`, until `float(loss)` asks for it.
 
         Raises:
           ShapeError, HyperparameterError: a wrong phi.
@@ -213,7 +214,7 @@ class CoreInner:
             losses.append(self.step(phi, batch))
             if n % every == 0:
                 H.append(self.hypergradient(val_batch).grad)
-        return np.array(losses), np.array(H).reshape(-1, self.space.q)
+        return np.array([float(x) for x in losses]), np.array(H).reshape(-1, self.space.q)  # a card is asked at the end
 
     def forget(self, rho: float) -> None:
         """Scale the tangents by 0 <= rho <= 1.  At 0 they start again, along fresh random directions if any."""
@@ -338,7 +339,7 @@ class CoreInner:
         plain = Coefficients(coefficients.c, coefficients.dc[:, :0])
         return _Cache(key, checks.locked(phi.copy()), point, loss_seeds, duals, coefficients, plain, [0])
 
-    def _grad_jvp(self, cache: _Cache, batch: Any, tangents: bool) -> tuple[float, Grads]:
+    def _grad_jvp(self, cache: _Cache, batch: Any, tangents: bool) -> tuple[Any, Grads]:
         """The model's gradient and tangents, in chunks of directions where asked for, checked before anything moves."""
         theta, Z, none = self._seen
         if not tangents:

@@ -267,6 +267,26 @@ def test_the_exact_tools_and_central_differences_work(on_card):
     assert result.value < 0.5
 
 
+def test_a_window_in_one_go_brings_its_losses_one_by_one(on_card, monkeypatch):
+    def refuse(tensor, dtype=None):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
+
+    found = []
+    for place in (lambda: None, on_card):
+        place()
+        net, x = nn.Linear(3, 2).double(), torch.arange(12, dtype=torch.float64).reshape(4, 3) / 12
+        with torch.no_grad():
+            net.weight.fill_(0.1).T.cumsum_(0), net.bias.zero_()
+        loss = lambda batch, net=net, x=x: (net(x) - batch).square().mean()
+        run = kt.inner(torch.optim.SGD(net.parameters(), 0.1, 0.5), loss, loss, ("lr", "momentum"))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__array__", refuse)  # as a tensor on a card does
+            found.append(run.run(run.phi, [0.1, 0.2, 0.3, 0.4], 0.4, every=2))
+    assert found[0][0].dtype == found[1][0].dtype == np.float64
+    for cpu, card in zip(*found, strict=True):
+        np.testing.assert_allclose(card, cpu, rtol=1e-12)
+
+
 @pytest.mark.parametrize("lr", [None, 100.0])
 def test_nothing_of_the_size_of_the_model_crosses_in_a_window_or_on_the_way_back(on_card, monkeypatch, lr):
     on_card()

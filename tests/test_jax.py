@@ -13,6 +13,7 @@ from koopman_hpo import (
     Glocal,
     HyperparameterError,
     Inner,
+    Local,
     ShapeError,
     Space,
     Tuner,
@@ -307,6 +308,42 @@ def test_nothing_of_the_size_of_the_model_crosses_in_a_window_or_on_the_way_back
     with jax.transfer_guard_host_to_device("disallow"):
         run.step(run.space.phi0, batches[0])  # nothing goes there either, unless phi has moved
         run.hypergradient(val)
+
+
+def test_a_loss_is_read_where_h_is_recorded_and_only_there(monkeypatch):
+    crossed, kind = [], type(jnp.zeros(1))
+    value = kind._value
+    monkeypatch.setattr(kind, "_value", property(lambda x: crossed.append(x.size) or value.__get__(x)))
+    for module in (_jax_inner, _jax_tree, snapshots):
+        monkeypatch.setattr(module, "np", Counting(crossed))
+    run, twin = noisy(), noisy()
+    tuner = Tuner(run, Local(), steps=20, window=10, every=5, guard=None)
+    losses = []
+    for n in range(1, 21):
+        crossed.clear()
+        losses.append(tuner.step(BATCHES[n % 12], VAL))
+        assert isinstance(losses[-1], jax.Array)
+        if n == 1:  # whether it is finite, and the outer loss before training
+            assert sorted(crossed) == [1, 1, run.space.q]
+        elif n % 5:
+            assert crossed == []
+        elif n % 10:  # the losses so far, and h
+            assert sorted(crossed) == [1, 1, 1, run.space.q] if n == 5 else [1, 1, run.space.q]
+    np.testing.assert_allclose(tuner.history.loss, [np.mean(losses[:10]), np.mean(losses[10:])], rtol=1e-12)
+    seen, step = [], twin.step
+    twin.step = lambda *args: (seen.append(len(crossed)), step(*args))[1]
+    crossed.clear()
+    twin.run(SPACE.phi0, [*BATCHES[:5], data(5, n=6)], VAL, every=2)  # step by step, and still all at the end
+    assert seen == [0, 1, 1, 1, 1, 1]
+    assert sorted(crossed) == sorted([1] * 7 + 3 * [1, run.space.q])
+
+
+def test_a_loss_in_half_precision_adds_up_in_full():
+    state = {"w": jnp.ones(3, jnp.float32)}
+    step = lambda s, h, b: ({"w": s["w"] * (1 - h["lr"])}, jnp.sum(s["w"]).astype(jnp.bfloat16))
+    run = adapter.inner(step, lambda s, h, b: jnp.sum(s["w"]), state, Space(lr=log(0.1)))
+    for tangents in (True, False):
+        assert run.step([-2.0], None, tangents=tangents).dtype == np.float64
 
 
 class Stalling(Global):

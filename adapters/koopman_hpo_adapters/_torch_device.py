@@ -16,7 +16,6 @@ from koopman_hpo.kernels.arrays import TangentState
 from koopman_hpo.problem import Array
 
 Tensors = tuple[torch.Tensor, ...]  # theta, slots, Z, dslots, as in a TangentState
-LEGACY = 1  # CUDA's handle of the default stream: unlike 0, Numba copies on it without waiting
 
 
 class OnHost(devices.Host):
@@ -64,7 +63,7 @@ class OnCard(devices.Card):
 
     def _open(self) -> None:
         self._cuda.select_device(self.place.index)
-        self.stream = lambda: torch.cuda.current_stream(self.place).cuda_stream or LEGACY
+        self.stream = lambda: torch.cuda.current_stream(self.place).cuda_stream or devices.LEGACY
 
     def init(self, params: Array, k: int, q: int, fill: float, kept: str | None) -> TangentState:
         theta, p = self._sent(params), params.size
@@ -84,8 +83,8 @@ class OnCard(devices.Card):
     def keep(self, a: Any) -> Any:
         return self.view(self.tensor(a).clone())
 
-    def number(self, call: str, name: str, x: Any) -> Any:
-        return x if isinstance(x, torch.Tensor) else super().number(call, name, x)
+    def unread(self, call: str, name: str, x: Any) -> Any:
+        return x if isinstance(x, torch.Tensor) else super().unread(call, name, x)
 
     def loss(self, loss: torch.Tensor) -> Any:
         return loss.detach().double()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from koopman_hpo import devices
@@ -40,6 +41,14 @@ class OnHost(devices.Host):
     def tensor(self, a: Array) -> torch.Tensor:
         """An array that the engine shows, as a tensor."""
         return torch.from_numpy(a.copy())  # what is locked would warn
+
+    def kept(self, tensor: torch.Tensor) -> Array:
+        """A copy, where it is, to go back to."""
+        return hosted(tensor)
+
+    def back(self, a: Any) -> torch.Tensor:
+        """What was kept, or comes from a file, as a tensor to copy from."""
+        return torch.from_numpy(np.array(a))
 
     def loss(self, loss: torch.Tensor) -> Any:
         """What a training step returns."""
@@ -86,6 +95,14 @@ class OnCard(devices.Card):
     def unread(self, call: str, name: str, x: Any) -> Any:
         return x if isinstance(x, torch.Tensor) else super().unread(call, name, x)
 
+    def kept(self, tensor: torch.Tensor) -> Any:
+        if tensor.device != self.place:  # a buffer that stayed on the CPU
+            return hosted(tensor)
+        return self.view(tensor.detach().clone(memory_format=torch.contiguous_format))
+
+    def back(self, a: Any) -> torch.Tensor:
+        return self.tensor(a) if hasattr(a, "copy_to_host") else torch.from_numpy(np.array(a))
+
     def loss(self, loss: torch.Tensor) -> Any:
         return loss.detach().double()
 
@@ -98,6 +115,16 @@ class OnCard(devices.Card):
 
     def _sent(self, a: Array) -> torch.Tensor:
         return torch.tensor(a).to(self.place, non_blocking=True)
+
+
+def hosted(tensor: torch.Tensor) -> Array:
+    """A copy on the host."""
+    return tensor.detach().cpu().numpy().copy()
+
+
+def like(tensor: torch.Tensor) -> Array:
+    """A NumPy array of its shape and type, which takes no memory and holds nothing."""
+    return np.broadcast_to(np.empty((), torch.empty((), dtype=tensor.dtype).numpy().dtype), tuple(tensor.shape))
 
 
 def of(place: torch.device) -> OnHost | OnCard:

@@ -91,8 +91,8 @@ class Host:
         """A training loss: here a float, elsewhere perhaps a number that nobody has waited for."""
         return checks.number(call, name, x)
 
-    def array(self, call: str, name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype) -> Array:
-        """A model's array, checked.  Raises AdapterError."""
+    def array(self, call: str, name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype, *others: np.dtype) -> Array:
+        """A model's array, checked; `others` will do beside `dtype` where nothing is converted.  Raises AdapterError."""
         return checks.array(call, name, a, shape, dtype)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
@@ -197,13 +197,14 @@ class Card:
             self._losses[one.dtype] = Slab(self.empty((LOSSES,), one.dtype), self.write, self.get)
         return self._losses[one.dtype].keep(one)
 
-    def array(self, call: str, name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    def array(self, call: str, name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype, *others: np.dtype) -> Any:
         try:
             out = self._kernels.device_array(a)
         except TypeError as error:
             raise AdapterError(f"{call}: {name} must lie on the device, got {short(a)} ({error})") from None
-        if tuple(out.shape) != shape or out.dtype != dtype:
-            raise AdapterError(f"{call}: {name} must be {shape} of {dtype}, got {tuple(out.shape)} of {out.dtype}.")
+        if tuple(out.shape) != shape or out.dtype not in (dtype, *others):
+            what = " or ".join(dict.fromkeys(map(str, (dtype, *others))))
+            raise AdapterError(f"{call}: {name} must be {shape} of {what}, got {tuple(out.shape)} of {out.dtype}.")
         return out
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:

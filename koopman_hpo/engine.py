@@ -20,7 +20,7 @@ from .problem import Array, Hypergradient, Linearisation, Problem
 from .space import Point, Space
 
 _ARRAYS = ("theta", "slots", "Z", "dslots")
-_CONNECTED = frozenset({"_kernel", "_layout", "_still", "_seen", "_cache"})
+_CONNECTED = frozenset({"_kernel", "_layout", "_still", "_seen", "_cache", "_room"})
 
 
 class Seen(NamedTuple):
@@ -108,6 +108,7 @@ class CoreInner:
         self._still = self._device.still(self._state)
         self._seen = Seen(*(self._device.shown(a) for a in (self._state.theta, self._state.Z, self._still.Z)))
         self._cache: _Cache | None = None
+        self._room: Array | None = None  # (q, p) tangents of the gradient, where they come in chunks
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _CONNECTED}
@@ -347,9 +348,12 @@ class CoreInner:
         chunk = self._chunk or len(Z)
         if len(Z) <= chunk:
             return self._oracle.grad_jvp(theta, cache.point, Z, cache.along, batch)
-        dG = self._device.empty(Z.shape, theta.dtype)
+        room = self._room
         for a in range(0, len(Z), chunk):
             part = {n: s[a : a + chunk] for n, s in cache.along.items()}
             loss, grads = self._oracle.grad_jvp(theta, cache.point, Z[a : a + chunk], part, batch)
-            self._device.write(dG[a : a + chunk], grads.dG)
-        return loss, Grads(grads.g, dG)
+            if room is None or room.dtype != grads.dG.dtype:  # the model's choice, where tangents are kept in half
+                room = self._room = self._device.empty(Z.shape, grads.dG.dtype)
+            self._device.write(room[a : a + chunk], grads.dG)
+        assert room is not None
+        return loss, Grads(grads.g, room)

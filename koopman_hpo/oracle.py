@@ -32,7 +32,7 @@ class Oracle:
             raise AdapterError(f"{call}: must return (loss, g (p,), dG (q, p)), got {type(out).__name__}.")
         loss = self._device.unread(call, "loss", out[0])
         g = self._device.array(call, "g", out[1], theta.shape, theta.dtype)
-        return loss, Grads(g, self._device.array(call, "dG", out[2], Z.shape, theta.dtype))
+        return loss, Grads(g, self._device.array(call, "dG", out[2], Z.shape, theta.dtype, Z.dtype))
 
     def expect_finite(self, loss: Any, g: Array) -> None:
         """Raise AdapterError unless they are, which only the parameters one begins with are asked for."""

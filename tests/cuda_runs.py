@@ -264,6 +264,35 @@ def test_tangents_in_half_the_memory_are_those_of_a_run_that_rounds_them_each_st
         full.restore(start)
 
 
+@pytest.mark.parametrize("options", [{}, {"chunk": 2}])
+@pytest.mark.parametrize("kept", ["bfloat16", "float16"])
+def test_a_model_may_give_the_gradients_tangents_in_half_the_memory_too(kept, options):
+    stored = {"bfloat16": np.uint16, "float16": np.float16}[kept]
+    model, data = mlp((2, 3, 2), dtype=np.float32), batches(3, np.float32)
+    card = on_card(model)
+
+    def halved(*args):
+        loss, g, dG = card.grad_jvp(*args)
+        return loss, g, cuda.to_device(packed(dG.copy_to_host(), stored))
+
+    def rounded(*args):
+        loss, g, dG = model.grad_jvp(*args)
+        return loss, g, opened(packed(dG, stored))
+
+    run = inner.sgd(dataclasses.replace(model, grad_jvp=rounded), SPACES["sgd"], **options)
+    twin = inner.sgd(dataclasses.replace(card, grad_jvp=halved), SPACES["sgd"], device="cuda", tangents=kept, **options)
+    for batch in data:
+        for each in (run, twin):
+            each.step(each.space.phi0, batch)
+        for tangents in (run._state.Z, run._state.dslots):
+            tangents[...] = opened(packed(tangents, stored))
+    size = np.abs(run.tangents).max()
+    np.testing.assert_allclose(twin.tangents, run.tangents, rtol=ULP[stored], atol=1e-5 * size)
+    full = inner.sgd(dataclasses.replace(card, grad_jvp=halved), SPACES["sgd"], device="cuda")
+    with pytest.raises(AdapterError, match=r"dG must be \(3, 17\) of float32, got \(3, 17\) of"):
+        full.step(full.space.phi0, data[0])
+
+
 def test_half_precision_needs_a_card_and_single_precision():
     model = mlp((2, 3, 2), dtype=np.float32)
     with pytest.raises(HyperparameterError, match=r"float32 parameters on device 'cuda', got float32 on 'cpu'"):

@@ -101,7 +101,8 @@ class TorchInner(CoreInner):
         along = cache.along if tangents else {n: s[:0] for n, s in cache.along.items()}
         part = self.losses.train(batch, Z, along, own=True)
         kept = self.memory.room(len(Z))
-        kept.flat.copy_(part.room.flat)
+        for into, flat in zip(kept.flat, part.room.flat, strict=True):
+            into.copy_(flat)
         self._part = _sum(self._part, part._replace(room=kept))
         return part.loss
 
@@ -205,7 +206,7 @@ class TorchInner(CoreInner):
             self.losses.check_module()
         self._used = list(part.used)
         if self._clip is not None:
-            clipped(part.room.flat[0], part.room.flat[1:], self._clip)
+            clipped(*part.room.flat, self._clip)
         return part.loss, *part.room.arrays
 
     def _outer_gradients(self, theta: Array, hyper: Any, batch: Any) -> tuple[float, Array, dict[str, Array]]:
@@ -223,7 +224,8 @@ def _sum(one: Part | None, two: Part) -> Part:
     """Both losses in one; the second's room is written over."""
     if one is None:
         return two
-    two.room.flat.add_(one.room.flat)
+    for into, flat in zip(two.room.flat, one.room.flat, strict=True):
+        into.add_(flat)
     return Part(one.loss + two.loss, two.room, [a or b for a, b in zip(one.used, two.used, strict=True)])
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import secrets
 import statistics
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from datetime import date
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -206,7 +208,7 @@ def bandwidths(plan, device, copy):
     for p, q, (name, (make, moved, held)) in product(plan.sizes, plan.directions, launchers(device).items()):
         if 4 * held(p, q) > 0.9 * device.free():
             continue
-        rate = 4 * moved(p, q) / device.milliseconds(make(p, q), plan.repeats) / 1e6
+        rate = 4 * moved(p, q) / device.kernel_milliseconds(make(p, q), plan.repeats) / 1e6
         rows[f"{name}, p = {p:.0e}, q = {q}"] = {"GB/s": rate, "of_copy": rate / copy}
     return rows
 
@@ -248,19 +250,23 @@ def launchers(device):
 
 
 def races(plan, device):
-    """The fused updates at q = 3 against torch's own operations: ms, and how many times ours is faster."""
+    """The fused updates at q = 3 against torch's own operations: ms of one in a queue, how many times ours is faster."""
     rows = {}
+    clock = lambda call: device.milliseconds(call, plan.repeats, queued=10)
     for name, (eager, foreach) in UPDATES.items():
         held = buffers(name, plan.race, 3, device)
-        ours = device.milliseconds(kernel_step(name, held, device), plan.repeats)
+        ours = clock(kernel_step(name, held, device))
         rows[f"{name}, ours"] = {"ms": ours, "times_ours": 1.0}
-        for label, peer in (
-            ("eager", eager),
-            ("foreach", foreach),
-            ("compiled", torch.compile(eager, backend=plan.backend)),
-        ):
-            ms = device.milliseconds(peer_step(peer, held), plan.repeats)
-            rows[f"{name}, {label}"] = {"ms": ms, "times_ours": ms / ours}
+        compiled = torch.compile(eager, backend=plan.backend)
+        for label, peer in (("eager", eager), ("foreach", foreach), ("compiled", compiled)):
+            try:
+                ms = clock(peer_step(peer, held))
+            except Exception as error:
+                if label != "compiled":  # which needs a compiler that may be missing
+                    raise
+                rows[f"{name}, {label}, failed"] = {repr(error).splitlines()[0][:100]: math.nan}
+            else:
+                rows[f"{name}, {label}"] = {"ms": ms, "times_ours": ms / ours}
     return rows
 
 
@@ -281,12 +287,7 @@ def launches(plan, device):
     go()
     rows = {"one by one": clock(lambda: [go() for _ in range(n)])}
     if device.cuda:
-        graph = torch.cuda.CUDAGraph()
-        device.wait()
-        with torch.cuda.graph(graph):
-            for _ in range(n):
-                go()
-        rows["in a CUDA graph"] = clock(graph.replay)
+        rows["in a CUDA graph"] = clock(device.graph(lambda: [go() for _ in range(n)]).replay)
     return rows
 
 
@@ -307,9 +308,13 @@ def by_hand(plan, device, model, batch, q):
     clock = lambda call: device.milliseconds(call, plan.repeats)
     torch.manual_seed(0)
     peak_torch, ms_torch = device.peak(lambda: clock(plain_torch(model(), batch, device)))
-    peak_plain, ms_plain = device.peak(lambda: clock(Training(model(), batch, device, q).plain))
-    run = Training(model(), batch, device, q)
-    peak_step, ms_step = device.peak(lambda: clock(run.step))
+    peak_plain, ms_plain = device.peak(lambda: clock(Training(model(), batch, device, 0).plain))
+
+    def stepped():
+        run = Training(model(), batch, device, q)
+        return run, clock(run.step)
+
+    peak_step, (run, ms_step) = device.peak(stepped)
     return {
         "ms_torch": ms_torch,
         "ms_plain": ms_plain,
@@ -353,36 +358,42 @@ def parts(plan, device, copy):
     )
 
 
-def measure(plan, device, seed):
+def measure(plan, device, seed, path):
     """All parts, printed and written as they come; what fails is named there, on a card, and the rest goes on."""
     copy = copy_bandwidth(plan, device)
     card = torch.cuda.get_device_name() if device.cuda else "no card"
     result = {"date": date.today().isoformat(), "card": card, "copy_GB/s": copy, "seed": seed}
-    result["versions"] = {name: version(name) for name in ("numpy", "numba", "torch", "jax")}
+    result["versions"] = versions("numpy", "numba", "numba-cuda", "torch", "jax") | {"cuda": torch.version.cuda}
     print(f"{card}, {result['date']}: a copy makes {copy:.0f} GB/s")
     for heading, part in parts(plan, device, copy).items():
         print(f"\n{heading}", flush=True)
         if device.cuda:
             torch.cuda.empty_cache()
+        started = time.perf_counter()
         try:
             result[heading] = part()
             for name, values in result[heading].items():
                 print(f"  {name:30s}" + "".join(f"  {k} {v:.4g}" for k, v in values.items()))
+            print(f"  ({time.perf_counter() - started:.0f} s)")
         except Exception as error:
             if not device.cuda:
                 raise
             result[heading] = {"failed": {}, "error": repr(error)}
             print(f"  failed: {error!r}")
         if device.cuda:
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def versions(*names):
+    return {name: version(name) for name in names if find_spec(name.replace("-", "_"))}
 
 
 def bars(result):
     """(what, value, the bar, whether it is met) for each figure that has one."""
     for heading, rows in result.items():
-        if not isinstance(rows, dict) or "error" in rows:
+        if heading == "versions" or not isinstance(rows, dict) or "error" in rows:
             continue
         for name, row in rows.items():
             if heading == "kernels" and "1e+06" not in name:
@@ -400,6 +411,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="no card: proofs in the simulator, and a dry run on the CPU")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the random data; fresh by default")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go")
     args = parser.parse_args()
     if args.smoke != SIMULATED or not (args.smoke or torch.cuda.is_available()):
         raise SystemExit(
@@ -417,7 +429,7 @@ def main():
     print("torch's updates and the whole steps agree with the kernels and with central differences")
     prove_adapter(device)
     print("runs under HyperOptimizer agree with those on the CPU")
-    result = measure(TINY if args.smoke else FULL, device, args.seed)
+    result = measure(TINY if args.smoke else FULL, device, args.seed, args.out)
     print("\nbars")
     for what, value, bar, met in bars(result):
         print(f"  {what:50s} {value:10.4g}  {bar:8s} {'met' if met else 'MISSED'}")

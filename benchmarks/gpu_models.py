@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -41,11 +42,29 @@ class Device:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def milliseconds(self, call, repeats):
-        """Median time that the device takes for a call, after a few to warm up."""
+    def milliseconds(self, call, repeats, queued=1):
+        """Median time that the device takes for a call, after a few to warm up; of so many in a queue, which hides what the
+        host takes to launch one where the device takes longer."""
         for _ in range(min(3, repeats)):
             call()
-        return statistics.median(self._once(call) for _ in range(repeats))
+        calls = call if queued == 1 else lambda: [call() for _ in range(queued)]
+        return statistics.median(self._once(calls) for _ in range(repeats)) / queued
+
+    def kernel_milliseconds(self, call, repeats):
+        """The same for a launch, out of a CUDA graph of several: the host has no part in it, however short it is."""
+        if not self.cuda:
+            return self.milliseconds(call, repeats)
+        n = int(min(20, max(1, 5 / self.milliseconds(call, 3))))  # about 5 ms of them
+        graph = self.graph(lambda: [call() for _ in range(n)])
+        return self.milliseconds(graph.replay, repeats) / n
+
+    def graph(self, call):
+        """A CUDA graph of what a call, made before, launches on torch's current stream."""
+        graph = torch.cuda.CUDAGraph()
+        self.wait()
+        with torch.cuda.graph(graph):
+            call()
+        return graph
 
     def _once(self, call):
         if not self.cuda:
@@ -60,13 +79,14 @@ class Device:
         return start.elapsed_time(stop)
 
     def peak(self, call):
-        """MiB of device memory held at most during a call, and what the call returns."""
+        """MiB of device memory taken at most during a call, which makes what it needs, and what the call returns."""
+        gc.collect()  # runs refer to themselves
         if not self.cuda:
             return 0.0, call()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        result = call()
-        return torch.cuda.max_memory_allocated() / 2**20, result
+        before, result = torch.cuda.memory_allocated(), call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20, result
 
     def free(self):
         """Bytes of memory that can still be had."""

@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
-from cuda_cases import CPU, CUDA, RULES, TOLERANCE, ULP, Case, close, opened, packed
+from cuda_cases import CPU, CUDA, NEAR, RULES, TOLERANCE, ULP, Case, close, opened, packed
 from numba import config, cuda
 
 from koopman_hpo.errors import ShapeError
@@ -34,6 +34,15 @@ def test_a_step_is_the_oracles_and_the_cpus(name, dtype, q):
     assert all(a.dtype == dtype for a in got)
     close(got, case.expected(), TOLERANCE[dtype])
     close(got, case.on_cpu(), TOLERANCE[dtype])
+
+
+def test_no_sign_of_lions_hangs_on_rounding():
+    case = Case("lion", (3000, 5000), 1, np.float32)
+    _, b1, a1, *_ = np.repeat(case.coefficients.c, case.segments, axis=1)
+    s = b1 * case.state.slots[0] + a1 * case.grads.g
+    assert np.abs(s).min() >= NEAR - 1e-6
+    assert (s > 0).any()
+    assert (s < 0).any()
 
 
 @pytest.mark.parametrize("p", [0, 1, 255, 256, 257])

@@ -83,7 +83,7 @@ def prove_kernels(segments, q, m, seed):
     CUDA.project(d(bits), d(dE.astype(np.float32)), work, out)
     np.testing.assert_allclose(out.copy_to_host(), opened(bits).astype(float) @ dE.astype(np.float32), atol=1e-13 * scale)
     for call, wanted in (
-        (lambda out: trajectory.gram_row(d(H), m, 0, out), (H - H[0]) @ (H[-1] - H[0])),
+        (lambda out: trajectory.gram_row(d(H), m, 0, d(np.empty((SHARES, m))), out), (H - H[0]) @ (H[-1] - H[0])),
         (lambda out: trajectory.gram(d(H[:, :500].copy()), out), (H - H[0])[:, :500] @ (H - H[0])[:, :500].T),
         (lambda out: trajectory.hankel_gram(d(H @ H.T), 2, out), (H @ H.T)[:-1, :-1] + (H @ H.T)[1:, 1:]),
         (lambda out: trajectory.combine(d(c), d(H), out), c @ H),
@@ -232,8 +232,12 @@ def launchers(device):
         return lambda: call(device.trajectory.combine, *args)
 
     def gram_row(p, q):
-        H, out = see(random(q, p)), see(random(q))
-        return lambda: call(device.trajectory.gram_row, H, q, 1024, out)
+        H, out, work = (
+            see(random(q, p)),
+            see(random(q)),
+            see(torch.zeros(SHARES, q, device=device.name, dtype=torch.float64)),
+        )
+        return lambda: call(device.trajectory.gram_row, H, q, 1024, work, out)
 
     def fused(name):
         k = RULES[name][0].slots

@@ -54,8 +54,8 @@ def kernels():
         yield f"scale, {own}, {kept}", tangents._scale(load, store), (array(kept, 1), getattr(types, own))
     for own in ("float32", "float64"):
         H, wide, out = array(own, 2), array("float64", 2), array("float64", 1)
-        yield f"project, total, {own}: float64", tangents._total, (wide, types.int64, array(own, 1))
-        yield f"gram_row, {own}: float64", trajectory._gram_row, (H, types.int64, out)
+        yield f"project, total, {own}: float64", tangents.total, (wide, types.int64, array(own, 1))
+        yield f"gram_row, {own}: float64", trajectory._row_shares, (H, types.int64, wide)
         yield f"gram, {own}: float64", trajectory._gram, (H, wide)
         yield f"hankel_gram, {own}: float64", trajectory._hankel_gram, (wide, types.int64, wide)
         yield f"combine, {own}: float64", trajectory._combine, (out, H, array(own, 1))

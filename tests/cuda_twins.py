@@ -136,7 +136,7 @@ def test_scaling_clears_what_is_not_finite_only_at_zero(dtype):
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-@pytest.mark.parametrize(("m", "q"), [(1, 1), (2, 17), (5, 3), (6, 40)])
+@pytest.mark.parametrize(("m", "q"), [(1, 1), (2, 17), (5, 3), (6, 40), (8, 9)])
 def test_trajectory_kernels_are_numpys_and_the_cpus(m, q, dtype):
     rng = np.random.default_rng(4)
     H, c = (3 + rng.normal(size=(m, q))).astype(dtype), rng.normal(size=m)
@@ -145,9 +145,10 @@ def test_trajectory_kernels_are_numpys_and_the_cpus(m, q, dtype):
     d = max(1, m // 2)
     K = sum(G[k : m - d + 1 + k, k : m - d + 1 + k] for k in range(d))
     on_device, host = cuda.to_device(H), lambda *shape: np.full(shape, np.nan)
+    work = cuda.to_device(host(2, m))
     calls = {
         "gram": (G, lambda module, H, out: module.gram(H, out)),
-        "gram_row": (G[-1], lambda module, H, out: module.gram_row(H, m, 16, out)),
+        "gram_row": (G[-1], lambda module, H, out: module.gram_row(H, m, 16, work if module is trajectory else None, out)),
         "combine": (c @ H.astype(np.float64), None),
     }
     for name, (wanted, call) in calls.items():

@@ -29,7 +29,7 @@ def project(Z, dE_dtheta, work, out, *, stream=0):
     arithmetic = _arithmetic(dE)
     loads = storage(Z.dtype, arithmetic).load, storage(dE.dtype, arithmetic).load
     launch(_shares(*loads), (-(-q // ROWS), n), stream, Z, dE, work, sums=True)
-    launch(_total, (q, 1), stream, work, n, out, sums=True)
+    launch(total, (q, 1), stream, work, n, out, sums=True)
 
 
 def scale(tangents, rho, *, stream=0):
@@ -69,8 +69,8 @@ def _shares(load, load_e):
 
 
 @cuda.jit
-def _total(work, n, out):
-    """out[j] <- the sum of the first n shares of tangent j."""
+def total(work, n, out):
+    """out[j] <- the sum of the first n shares of sum j."""
     j, s = cuda.blockIdx.x, float64(0)
     for y in range(cuda.threadIdx.x, n, cuda.blockDim.x):
         s += work[y, j]

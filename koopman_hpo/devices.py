@@ -168,7 +168,7 @@ class Card:
         return self.wide(self.get(a))
 
     def put(self, a: NDArray) -> Any:
-        return self._cuda.to_device(np.ascontiguousarray(a), stream=self._on())
+        return self._cuda.to_device(np.ascontiguousarray(a), stream=self._on()).bind(0)  # else its readers would not wait
 
     def assign(self, state: TangentState, source: TangentState) -> None:
         for into, out in zip(state, source, strict=True):

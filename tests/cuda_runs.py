@@ -389,6 +389,15 @@ def test_everything_runs_on_the_stream_that_is_set(monkeypatch):
         assert set(used) == {7}
 
 
+def test_arrays_of_the_run_name_no_stream(monkeypatch):
+    """Numba copies an array that names one without waiting, for a model that reads it too."""
+    plain = cuda.to_device
+    monkeypatch.setattr(cuda, "external_stream", lambda handle: type("Stream", (), {"synchronize": id})(), raising=False)
+    monkeypatch.setattr(cuda, "to_device", lambda a, stream=0: plain(a).bind(stream))  # as on a card
+    _, twin = pair("sgd")
+    assert [a.stream for a in twin._state] == [0] * 4
+
+
 def test_copies_wait_for_the_stream_and_not_for_the_card(monkeypatch):
     class Stream:
         def __init__(self, handle):

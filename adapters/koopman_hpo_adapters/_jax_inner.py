@@ -182,7 +182,7 @@ class JaxInner:
 
     def hypergradient(self, batch: Any) -> Hypergradient:
         """The derivative of the outer loss on `batch` with respect to the hyperparameters, at the current state."""
-        return self._read([self._look(batch)])[0]
+        return self.recorded([self.record(batch)])[0]
 
     def run(self, phi: ArrayLike, batches: Iterable[Any], val_batch: Any, every: int = 1) -> tuple[Array, Array]:
         """A whole window; see `window`.
@@ -229,15 +229,16 @@ class JaxInner:
         for n, batch in enumerate(part, 1):
             losses.append(self.step(phi, batch))
             if n % every == 0:
-                found.append(self._look(val_batch))
-        return [float(x) for x in jax.device_get(losses)], self._read(found)
+                found.append(self.record(val_batch))
+        return [float(x) for x in jax.device_get(losses)], self.recorded(found)
 
-    def _look(self, batch: Any) -> Look:
+    def record(self, batch: Any) -> Look:
+        """`hypergradient`, for which nobody waits until it is `recorded`."""
         phi, at = self._prepare(self.phi)
         return Look(phi, self.t, *look(self._val, self.carry, at, batch))
 
-    def _read(self, looks: list[Look]) -> list[Hypergradient]:
-        """What was looked at, on the host, all at once."""
+    def recorded(self, looks: list[Look]) -> list[Hypergradient]:
+        """What `record` gave, on the host, all at once."""
         found = []
         for phi, t, value, h in jax.device_get(looks):
             grad = np.array(h, np.float64)

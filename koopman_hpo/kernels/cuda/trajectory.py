@@ -5,8 +5,7 @@ from __future__ import annotations
 from numba import cuda, float64
 
 from .launch import covering, device_array, launch
-from .sums import block_sum
-from .tangents import ROWS, total
+from .sums import ROWS, block_sum, total
 
 
 def gram_row(H, m, block, work, out, *, stream=0):

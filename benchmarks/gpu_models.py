@@ -156,7 +156,8 @@ def loss_of(model, batch):
 class Training:
     """SGD with momentum whose parameters are views of flat memory, and tangents of lr, momentum and weight decay.
 
-    `plain()` is a step without tangents, `step()` one with them, `hypergradient()` the derivative (q,) of the batch's loss.
+    `plain()` is a step without tangents, `step()` one with them, `step(peer)` the same with torch's operations in place of
+    the kernel, `hypergradient()` the derivative (q,) of the batch's loss.
     """
 
     def __init__(self, model, batch, device, q=3):
@@ -170,6 +171,7 @@ class Training:
         p = theta.numel()
         self.state, self.grads = TangentState(theta, new(1, p), new(q, p), new(1, q, p)), Grads(new(p), new(q, p))
         c, dc = (torch.tensor(x, dtype=theta.dtype, device=theta.device) for x in coefficients(q))
+        self._rows = tuple(c[:, 0].tolist()), dc[:, :, 0]
         blocks = torch.from_numpy(tangent.blocks((p,))).to(theta.device)
         rest = device.see(blocks), False, np.empty((7, 1024), c.cpu().numpy().dtype)
         self._moving = *map(device.see, (self.grads, Coefficients(c, dc))), *rest, device.see(self.state)
@@ -195,12 +197,15 @@ class Training:
         self._gradient()
         self.device.call(self.device.kernels.sgd, *self._still)
 
-    def step(self):
+    def step(self, peer=None):
         g = self._gradient(create_graph=True)
         for z, into in zip(self.state.Z, self.grads.dG, strict=True):
             along = torch.autograd.grad(g, self.params, self.cut(z), retain_graph=True, materialize_grads=True)
             torch.cat([x.reshape(-1) for x in along], out=into)
-        self.device.call(self.device.kernels.sgd, *self._moving)
+        if peer is None:
+            self.device.call(self.device.kernels.sgd, *self._moving)
+        else:
+            peer(self.state, self.grads, *self._rows)
 
     def hypergradient(self):
         self._gradient()

@@ -102,6 +102,33 @@ def test_projection_sums_every_tangent_in_one_order(q, dtype):
         np.testing.assert_allclose(out.copy_to_host(), host, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("p", [0, 1, 255, 256, 257])
+@pytest.mark.parametrize("name", RULES)
+def test_every_optimizer_at_every_size(name, p):
+    case = Case(name, (p,), 1, np.float32, run=64)
+    got = case.on_cuda()
+    close(got, case.expected(), TOLERANCE[np.float32])
+    close(got, case.on_cpu(), TOLERANCE[np.float32])
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("q", [0, 1, 255, 256, 257])
+def test_every_other_kernel_at_every_size(q):
+    H = np.random.default_rng(6).normal(size=(3, q))
+    D, out, work = H - H[0], cuda.to_device(np.full(3, np.nan)), cuda.to_device(np.full((2, 3), np.nan))
+    trajectory.gram_row(cuda.to_device(H), 3, 16, work, out)
+    np.testing.assert_allclose(out.copy_to_host(), D @ D[-1], rtol=1e-13, atol=1e-13)
+    out, sums = cuda.to_device(np.full((3, 3), np.nan)), cuda.to_device(np.full(q, np.nan))
+    trajectory.gram(cuda.to_device(H), out)
+    np.testing.assert_allclose(out.copy_to_host(), D @ D.T, rtol=1e-13, atol=1e-13)
+    trajectory.combine(cuda.to_device(np.arange(3.0)), cuda.to_device(H), sums)
+    np.testing.assert_allclose(sums.copy_to_host(), np.arange(3.0) @ H, rtol=1e-13, atol=1e-13)
+    x = cuda.to_device(H)
+    CUDA.scale(x, 0.7)
+    np.testing.assert_array_equal(x.copy_to_host(), 0.7 * H)
+
+
 def projected(p, shares):
     Z, dE = np.random.default_rng(2).normal(size=(2, p)), np.arange(p) / 7
     out = cuda.to_device(np.full(2, np.nan))

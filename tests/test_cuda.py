@@ -42,6 +42,7 @@ def test_the_benchmark_proves_its_kernels_under_the_simulator():
     for name in (
         "sgd, p = 1e+03, q = 3",
         "adam, compiled",
+        "ms_step_foreach",
         "ms_adapter_record",
         "step_to_floor",
         "adapter_to_floor",

@@ -12,6 +12,7 @@ LAYERS = [
     {"errors"},
     {"kernels", "files", "transforms", "snapshots", "unread"},
     {"problem", "hyperparameters"},
+    {"space"},
     {"optimizers", "tangent", "batches"},
     {"checks"},
     {"devices", "directions"},

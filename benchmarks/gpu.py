@@ -5,16 +5,18 @@
 
 In order: every kernel against float64 NumPy on fresh random data; GB/s of each against a measured copy on the device, at
 p = 1e6, 1e7, 1e8 and q = 1, 3, 10; the fused SGD and Adam updates against eager, `foreach` and compiled torch; a launch
-at small p with and without a CUDA graph; the whole step of a ResNet-18 and of a transformer against plain training, by hand
-and under the torch adapter's `HyperOptimizer`, its peak memory, and what crosses to the host in it; a window in JAX, where
-JAX sees the card.  Prints one table, says which bars are met, and writes benchmarks/results/gpu.json with the date and the
-card, after each part: what fails on the way is named there and the rest goes on.
+at small p with and without a CUDA graph; the whole step of a ResNet-18 and of a transformer against plain training and
+against the same step with torch's updates, by hand and under the torch adapter's `HyperOptimizer`, its peak memory, and
+what crosses to the host in it; a window in JAX, where JAX sees the card. Prints one table, says which bars are met, and
+writes benchmarks/results/gpu.json with the date and the card, after each part: what fails on the way is named there and
+the rest goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import secrets
 import statistics
@@ -24,6 +26,7 @@ from collections.abc import Callable
 from datetime import date
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +38,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 try:
     import torch
-    from cuda_cases import CUDA, RULES, TOLERANCE, Case, close, opened, packed
+    from cuda_cases import RULES, Case
 except (ImportError, RuntimeError) as missing:  # of a driver, of numba-cuda, of torch: it says which
     raise SystemExit(
         f"gpu.py: {missing}\nIt needs an NVIDIA card and the extras cuda, torch and test. Without a card: "
@@ -44,12 +47,12 @@ except (ImportError, RuntimeError) as missing:  # of a driver, of numba-cuda, of
 
 from gpu_adapter import adapted_step, prove_adapter, to_host  # noqa: E402
 from gpu_models import SHARES, Device, Training, images, loss_of, resnet, texts, transformer  # noqa: E402
-from gpu_updates import UPDATES  # noqa: E402
-from numba import cuda  # noqa: E402
+from gpu_proofs import prove_kernels, prove_training  # noqa: E402
+from gpu_updates import UPDATES, opponents  # noqa: E402
 
 from koopman_hpo import tangent  # noqa: E402
 from koopman_hpo.kernels.arrays import Coefficients, Grads, TangentState  # noqa: E402
-from koopman_hpo.kernels.cuda import launch, trajectory  # noqa: E402
+from koopman_hpo.kernels.cuda import launch  # noqa: E402
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 RESULTS = HERE / "results" / "gpu.json"
@@ -57,41 +60,6 @@ NAMES = ("sgd", "adam", "rmsprop", "adagrad", "lion")
 
 
 # -- right first ---------------------------------------------------------------------------------------------------------
-
-
-def prove_kernels(segments, q, m, seed):
-    """Every kernel against float64 NumPy; raises AssertionError where one differs."""
-    for name in RULES:
-        for dtype in (np.float64, np.float32):
-            case = Case(name, segments, q, dtype, seed, run=1024)
-            close(case.on_cuda(), case.expected(), TOLERANCE[dtype])
-        for stored in (np.float16, np.uint16):
-            case = Case(name, segments, q, np.float32, seed, run=1024).rounded(stored)
-            got, wanted = case.on_cuda(stored), case.expected()
-            close(got._replace(Z=wanted.Z, dslots=wanted.dslots), wanted, TOLERANCE[np.float32])
-            np.testing.assert_allclose(got.Z, wanted.Z, rtol=4e-3, atol=1e-4)
-    rng, p = np.random.default_rng(seed), sum(segments)
-    Z, dE, H, c = rng.normal(size=(q, p)), rng.normal(size=p), rng.normal(size=(m, p)), rng.normal(size=m)
-    d = cuda.to_device
-    out, work = d(np.empty(q)), d(np.empty((SHARES, q)))
-    scale = np.sqrt(p)
-    CUDA.project(d(Z), d(dE), work, out)
-    np.testing.assert_allclose(out.copy_to_host(), Z @ dE, atol=1e-13 * scale)
-    bits = packed(Z, np.uint16)
-    CUDA.project(d(bits), d(dE.astype(np.float32)), work, out)
-    np.testing.assert_allclose(out.copy_to_host(), opened(bits).astype(float) @ dE.astype(np.float32), atol=1e-13 * scale)
-    for call, wanted in (
-        (lambda out: trajectory.gram_row(d(H), m, 0, out), (H - H[0]) @ (H[-1] - H[0])),
-        (lambda out: trajectory.gram(d(H[:, :500].copy()), out), (H - H[0])[:, :500] @ (H - H[0])[:, :500].T),
-        (lambda out: trajectory.hankel_gram(d(H @ H.T), 2, out), (H @ H.T)[:-1, :-1] + (H @ H.T)[1:, 1:]),
-        (lambda out: trajectory.combine(d(c), d(H), out), c @ H),
-    ):
-        out = d(np.empty(wanted.shape))
-        call(out)
-        np.testing.assert_allclose(out.copy_to_host(), wanted, rtol=1e-12, atol=1e-12 * scale)
-    x = d(Z)
-    CUDA.scale(x, 0.7)
-    np.testing.assert_array_equal(x.copy_to_host(), 0.7 * Z)
 
 
 def prove_updates(device, p):
@@ -104,27 +72,6 @@ def prove_updates(device, p):
             peer_step(peer, got)()
             for x, y in zip(got[0], wanted[0], strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
-
-
-def prove_training(device):
-    """The tangents of the gradient that a whole step uses, against central differences of the gradient."""
-    torch.manual_seed(0)
-    small = (resnet(4), images(6, 8, device.name, torch.float64)), (transformer(11, 8, 1), texts(3, 5, 11, device.name))
-    for model, batch in small:
-        run = Training(model.double(), batch, device)
-        for _ in range(3):
-            run.step()
-        h = run.hypergradient().clone()
-        torch.testing.assert_close(h, run.state.Z @ run.grads.g, rtol=1e-12, atol=1e-14)
-        theta, Z, e = run.state.theta.clone(), run.state.Z.clone(), 1e-6
-        run.step()
-        for j in range(len(Z)):
-            sides = []
-            for sign in (1, -1):
-                run.state.theta.copy_(theta + sign * e * Z[j] / Z[j].norm())
-                sides.append(torch.cat([x.reshape(-1) for x in torch.autograd.grad(run.loss(), run.params)]))
-            slope = (sides[0] - sides[1]) * (Z[j].norm() / (2 * e))
-            assert (slope - run.grads.dG[j]).norm() < 1e-5 * slope.norm(), "the tangents of the gradient are wrong"
 
 
 # -- what is measured ----------------------------------------------------------------------------------------------------
@@ -206,7 +153,7 @@ def bandwidths(plan, device, copy):
     for p, q, (name, (make, moved, held)) in product(plan.sizes, plan.directions, launchers(device).items()):
         if 4 * held(p, q) > 0.9 * device.free():
             continue
-        rate = 4 * moved(p, q) / device.milliseconds(make(p, q), plan.repeats) / 1e6
+        rate = 4 * moved(p, q) / device.kernel_milliseconds(make(p, q), plan.repeats) / 1e6
         rows[f"{name}, p = {p:.0e}, q = {q}"] = {"GB/s": rate, "of_copy": rate / copy}
     return rows
 
@@ -230,8 +177,12 @@ def launchers(device):
         return lambda: call(device.trajectory.combine, *args)
 
     def gram_row(p, q):
-        H, out = see(random(q, p)), see(random(q))
-        return lambda: call(device.trajectory.gram_row, H, q, 1024, out)
+        H, out, work = (
+            see(random(q, p)),
+            see(random(q)),
+            see(torch.zeros(SHARES, q, device=device.name, dtype=torch.float64)),
+        )
+        return lambda: call(device.trajectory.gram_row, H, q, 1024, work, out)
 
     def fused(name):
         k = RULES[name][0].slots
@@ -248,19 +199,22 @@ def launchers(device):
 
 
 def races(plan, device):
-    """The fused updates at q = 3 against torch's own operations: ms, and how many times ours is faster."""
+    """The fused updates at q = 3 against torch's own operations: ms of one in a queue, how many times ours is faster."""
     rows = {}
-    for name, (eager, foreach) in UPDATES.items():
+    clock = lambda call: device.milliseconds(call, plan.repeats, queued=10)
+    for name in UPDATES:
         held = buffers(name, plan.race, 3, device)
-        ours = device.milliseconds(kernel_step(name, held, device), plan.repeats)
+        ours = clock(kernel_step(name, held, device))
         rows[f"{name}, ours"] = {"ms": ours, "times_ours": 1.0}
-        for label, peer in (
-            ("eager", eager),
-            ("foreach", foreach),
-            ("compiled", torch.compile(eager, backend=plan.backend)),
-        ):
-            ms = device.milliseconds(peer_step(peer, held), plan.repeats)
-            rows[f"{name}, {label}"] = {"ms": ms, "times_ours": ms / ours}
+        for label, peer in opponents(name, plan.backend):
+            try:
+                ms = clock(peer_step(peer, held))
+            except Exception as error:
+                if label != "compiled":  # which needs a compiler that may be missing
+                    raise
+                rows[f"{name}, {label}, failed"] = {repr(error).splitlines()[0][:100]: math.nan}
+            else:
+                rows[f"{name}, {label}"] = {"ms": ms, "times_ours": ms / ours}
     return rows
 
 
@@ -281,12 +235,7 @@ def launches(plan, device):
     go()
     rows = {"one by one": clock(lambda: [go() for _ in range(n)])}
     if device.cuda:
-        graph = torch.cuda.CUDAGraph()
-        device.wait()
-        with torch.cuda.graph(graph):
-            for _ in range(n):
-                go()
-        rows["in a CUDA graph"] = clock(graph.replay)
+        rows["in a CUDA graph"] = clock(device.graph(lambda: [go() for _ in range(n)]).replay)
     return rows
 
 
@@ -307,10 +256,21 @@ def by_hand(plan, device, model, batch, q):
     clock = lambda call: device.milliseconds(call, plan.repeats)
     torch.manual_seed(0)
     peak_torch, ms_torch = device.peak(lambda: clock(plain_torch(model(), batch, device)))
-    peak_plain, ms_plain = device.peak(lambda: clock(Training(model(), batch, device, q).plain))
-    run = Training(model(), batch, device, q)
-    peak_step, ms_step = device.peak(lambda: clock(run.step))
-    return {
+    peak_plain, ms_plain = device.peak(lambda: clock(Training(model(), batch, device, 0).plain))
+
+    def stepped():
+        run = Training(model(), batch, device, q)
+        return run, clock(run.step)
+
+    peak_step, (run, ms_step) = device.peak(stepped)
+    peers = {}
+    for label, peer in opponents("sgd", plan.backend):
+        try:
+            peers[f"ms_step_{label}"] = clock(lambda peer=peer: run.step(peer))
+        except Exception:  # said by the race
+            if label != "compiled":
+                raise
+    return peers | {
         "ms_torch": ms_torch,
         "ms_plain": ms_plain,
         "ms_step": ms_step,
@@ -353,36 +313,42 @@ def parts(plan, device, copy):
     )
 
 
-def measure(plan, device, seed):
+def measure(plan, device, seed, path):
     """All parts, printed and written as they come; what fails is named there, on a card, and the rest goes on."""
     copy = copy_bandwidth(plan, device)
     card = torch.cuda.get_device_name() if device.cuda else "no card"
     result = {"date": date.today().isoformat(), "card": card, "copy_GB/s": copy, "seed": seed}
-    result["versions"] = {name: version(name) for name in ("numpy", "numba", "torch", "jax")}
+    result["versions"] = versions("numpy", "numba", "numba-cuda", "torch", "jax") | {"cuda": torch.version.cuda}
     print(f"{card}, {result['date']}: a copy makes {copy:.0f} GB/s")
     for heading, part in parts(plan, device, copy).items():
         print(f"\n{heading}", flush=True)
         if device.cuda:
             torch.cuda.empty_cache()
+        started = time.perf_counter()
         try:
             result[heading] = part()
             for name, values in result[heading].items():
                 print(f"  {name:30s}" + "".join(f"  {k} {v:.4g}" for k, v in values.items()))
+            print(f"  ({time.perf_counter() - started:.0f} s)")
         except Exception as error:
             if not device.cuda:
                 raise
             result[heading] = {"failed": {}, "error": repr(error)}
             print(f"  failed: {error!r}")
         if device.cuda:
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def versions(*names):
+    return {name: version(name) for name in names if find_spec(name.replace("-", "_"))}
 
 
 def bars(result):
     """(what, value, the bar, whether it is met) for each figure that has one."""
     for heading, rows in result.items():
-        if not isinstance(rows, dict) or "error" in rows:
+        if heading == "versions" or not isinstance(rows, dict) or "error" in rows:
             continue
         for name, row in rows.items():
             if heading == "kernels" and "1e+06" not in name:
@@ -400,6 +366,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="no card: proofs in the simulator, and a dry run on the CPU")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the random data; fresh by default")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go")
     args = parser.parse_args()
     if args.smoke != SIMULATED or not (args.smoke or torch.cuda.is_available()):
         raise SystemExit(
@@ -417,7 +384,7 @@ def main():
     print("torch's updates and the whole steps agree with the kernels and with central differences")
     prove_adapter(device)
     print("runs under HyperOptimizer agree with those on the CPU")
-    result = measure(TINY if args.smoke else FULL, device, args.seed)
+    result = measure(TINY if args.smoke else FULL, device, args.seed, args.out)
     print("\nbars")
     for what, value, bar, met in bars(result):
         print(f"  {what:50s} {value:10.4g}  {bar:8s} {'met' if met else 'MISSED'}")

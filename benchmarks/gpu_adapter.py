@@ -57,25 +57,46 @@ def prove_adapter(device):
 
 
 def adapted_step(model, batch, device, repeats):
-    """ms of a step and of a recorded hypergradient, peak memory, and the bytes that a step copies to the host."""
-    torch.manual_seed(0)
-    run = Adapted(model(), batch, device.name)
-    peak, ms = device.peak(lambda: device.milliseconds(run.step, repeats))
-    row = {"ms_adapter": ms, "ms_adapter_record": device.milliseconds(run.hypergradient, repeats), "peak_MiB_adapter": peak}
+    """ms of a step and of a recorded hypergradient, peak memory, and the bytes that each copies to the host."""
+    row = _measured("", model, batch, device, repeats)
+    return row | (_measured("_bfloat16", model, batch, device, repeats, tangents="bfloat16") if device.cuda else {})
+
+
+def _measured(name, model, batch, device, repeats, **settings):
+    def run():
+        torch.manual_seed(0)
+        run = Adapted(model(), batch, device.name, **settings)
+        return run, device.milliseconds(run.step, repeats)
+
+    peak, (run, ms) = device.peak(run)
+    recorded = device.milliseconds(run.hypergradient, repeats)
+    row = {f"ms_adapter{name}": ms, f"ms_adapter{name}_record": recorded, f"peak_MiB_adapter{name}": peak}
     if device.cuda:
-        row["bytes_to_host_adapter"] = to_host(run.step)
-        half = Adapted(model(), batch, device.name, tangents="bfloat16")
-        row["peak_MiB_bfloat16"], row["ms_bfloat16"] = device.peak(lambda: device.milliseconds(half.step, repeats))
+        row[f"bytes_to_host_adapter{name}"] = to_host(run.step)
+        row[f"bytes_to_host_adapter{name}_record"] = to_host(run.hypergradient)
     return row
 
 
-def to_host(step):
-    """Bytes that one step copies from the card to the host, by torch's profiler."""
+KNOWN = 12_345  # bytes that are copied to see whether the profiler sees it
+
+
+def to_host(call):
+    """Bytes that a call copies from the card to the host, by torch's profiler."""
+    known = torch.zeros(KNOWN, dtype=torch.uint8, device="cuda")
+    call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
+        call()
+        known.cpu()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    return sum(e["args"].get("bytes", 0) for e in events if "DtoH" in e.get("name", ""))
+        return copied(json.loads(path.read_text())["traceEvents"])
+
+
+def copied(events):
+    """Bytes to the host in a trace, but for those of a copy of `KNOWN` bytes that must be there."""
+    moved = [e.get("args", {}).get("bytes", 0) for e in events if "DtoH" in e.get("name", "")]
+    if KNOWN not in moved:
+        raise RuntimeError("the profiler does not see what is copied to the host")
+    return sum(moved) - KNOWN

@@ -23,7 +23,7 @@ import numpy as np
 from numba import types
 from numba.cuda import compile_ptx
 
-from koopman_hpo.kernels.cuda import optimizers, tangents, trajectory
+from koopman_hpo.kernels.cuda import optimizers, sums, tangents, trajectory
 from koopman_hpo.kernels.cuda.storage import storage
 
 KINDS = (
@@ -49,13 +49,13 @@ def kernels():
         rest = array(own, 1), array(pushed, 2), array(own, 2), array(own, 3), array("int64", 2), types.boolean
         for name in ("sgd", "adam", "rmsprop", "adagrad", "lion"):
             yield f"{name}, {own}, {kept}, {pushed}", getattr(optimizers, f"_{name}")(load, store, load_dg), (*state, *rest)
-        sums = array(kept, 2), array(own, 1), array("float64", 2)
-        yield f"project, {own}, {kept}: float64", tangents._shares(load, storage(np.dtype(own), np.dtype(own)).load), sums
+        args = array(kept, 2), array(own, 1), array("float64", 2)
+        yield f"project, {own}, {kept}: float64", tangents._shares(load, storage(np.dtype(own), np.dtype(own)).load), args
         yield f"scale, {own}, {kept}", tangents._scale(load, store), (array(kept, 1), getattr(types, own))
     for own in ("float32", "float64"):
         H, wide, out = array(own, 2), array("float64", 2), array("float64", 1)
-        yield f"project, total, {own}: float64", tangents._total, (wide, types.int64, array(own, 1))
-        yield f"gram_row, {own}: float64", trajectory._gram_row, (H, types.int64, out)
+        yield f"project, total, {own}: float64", sums.total, (wide, types.int64, array(own, 1))
+        yield f"gram_row, {own}: float64", trajectory._row_shares, (H, types.int64, wide)
         yield f"gram, {own}: float64", trajectory._gram, (H, wide)
         yield f"hankel_gram, {own}: float64", trajectory._hankel_gram, (wide, types.int64, wide)
         yield f"combine, {own}: float64", trajectory._combine, (out, H, array(own, 1))

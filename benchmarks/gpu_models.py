@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -41,11 +42,29 @@ class Device:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def milliseconds(self, call, repeats):
-        """Median time that the device takes for a call, after a few to warm up."""
+    def milliseconds(self, call, repeats, queued=1):
+        """Median time that the device takes for a call, after a few to warm up; of so many in a queue, which hides what the
+        host takes to launch one where the device takes longer."""
         for _ in range(min(3, repeats)):
             call()
-        return statistics.median(self._once(call) for _ in range(repeats))
+        calls = call if queued == 1 else lambda: [call() for _ in range(queued)]
+        return statistics.median(self._once(calls) for _ in range(repeats)) / queued
+
+    def kernel_milliseconds(self, call, repeats):
+        """The same for a launch, out of a CUDA graph of several: the host has no part in it, however short it is."""
+        if not self.cuda:
+            return self.milliseconds(call, repeats)
+        n = int(min(20, max(1, 5 / self.milliseconds(call, 3))))  # about 5 ms of them
+        graph = self.graph(lambda: [call() for _ in range(n)])
+        return self.milliseconds(graph.replay, repeats) / n
+
+    def graph(self, call):
+        """A CUDA graph of what a call, made before, launches on torch's current stream."""
+        graph = torch.cuda.CUDAGraph()
+        self.wait()
+        with torch.cuda.graph(graph):
+            call()
+        return graph
 
     def _once(self, call):
         if not self.cuda:
@@ -60,13 +79,14 @@ class Device:
         return start.elapsed_time(stop)
 
     def peak(self, call):
-        """MiB of device memory held at most during a call, and what the call returns."""
+        """MiB of device memory taken at most during a call, which makes what it needs, and what the call returns."""
+        gc.collect()  # runs refer to themselves
         if not self.cuda:
             return 0.0, call()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        result = call()
-        return torch.cuda.max_memory_allocated() / 2**20, result
+        before, result = torch.cuda.memory_allocated(), call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20, result
 
     def free(self):
         """Bytes of memory that can still be had."""
@@ -136,7 +156,8 @@ def loss_of(model, batch):
 class Training:
     """SGD with momentum whose parameters are views of flat memory, and tangents of lr, momentum and weight decay.
 
-    `plain()` is a step without tangents, `step()` one with them, `hypergradient()` the derivative (q,) of the batch's loss.
+    `plain()` is a step without tangents, `step()` one with them, `step(peer)` the same with torch's operations in place of
+    the kernel, `hypergradient()` the derivative (q,) of the batch's loss.
     """
 
     def __init__(self, model, batch, device, q=3):
@@ -150,6 +171,7 @@ class Training:
         p = theta.numel()
         self.state, self.grads = TangentState(theta, new(1, p), new(q, p), new(1, q, p)), Grads(new(p), new(q, p))
         c, dc = (torch.tensor(x, dtype=theta.dtype, device=theta.device) for x in coefficients(q))
+        self._rows = tuple(c[:, 0].tolist()), dc[:, :, 0]
         blocks = torch.from_numpy(tangent.blocks((p,))).to(theta.device)
         rest = device.see(blocks), False, np.empty((7, 1024), c.cpu().numpy().dtype)
         self._moving = *map(device.see, (self.grads, Coefficients(c, dc))), *rest, device.see(self.state)
@@ -175,12 +197,15 @@ class Training:
         self._gradient()
         self.device.call(self.device.kernels.sgd, *self._still)
 
-    def step(self):
+    def step(self, peer=None):
         g = self._gradient(create_graph=True)
         for z, into in zip(self.state.Z, self.grads.dG, strict=True):
             along = torch.autograd.grad(g, self.params, self.cut(z), retain_graph=True, materialize_grads=True)
             torch.cat([x.reshape(-1) for x in along], out=into)
-        self.device.call(self.device.kernels.sgd, *self._moving)
+        if peer is None:
+            self.device.call(self.device.kernels.sgd, *self._moving)
+        else:
+            peer(self.state, self.grads, *self._rows)
 
     def hypergradient(self):
         self._gradient()

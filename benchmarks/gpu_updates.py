@@ -101,3 +101,9 @@ def adam_foreach(state, grads, c, dc):
 
 
 UPDATES = {"sgd": (sgd_eager, sgd_foreach), "adam": (adam_eager, adam_foreach)}
+
+
+def opponents(name, backend):
+    """(label, update) of all three; the compiled one wants a compiler."""
+    eager, foreach = UPDATES[name]
+    return ("eager", eager), ("foreach", foreach), ("compiled", torch.compile(eager, backend=backend))

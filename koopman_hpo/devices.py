@@ -19,9 +19,12 @@ from .kernels import DEVICES, for_device
 from .kernels.arrays import Coefficients, Grads, TangentState
 from .optimizers import Rule
 from .problem import Array
+from .unread import Slab
 
 HALF = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}  # bfloat16 by its bits: NumPy has none
 SHARES = 512  # of a sum over parameters, on a card
+LOSSES = 512  # that a card keeps until somebody looks at one of them
+LEGACY = 1  # CUDA's handle of the default stream: unlike 0, Numba copies on it without waiting
 
 
 class Host:
@@ -81,11 +84,15 @@ class Host:
         return bool(np.isfinite(g).all())
 
     def number(self, call: str, name: str, x: Any) -> float:
-        """A model's loss."""
+        """A model's number, a value of a loss say."""
         return checks.number(call, name, x)
 
-    def array(self, call: str, name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype) -> Array:
-        """A model's array, checked.  Raises AdapterError."""
+    def unread(self, call: str, name: str, x: Any) -> Any:
+        """A training loss: here a float, elsewhere perhaps a number that nobody has waited for."""
+        return checks.number(call, name, x)
+
+    def array(self, call: str, name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype, *others: np.dtype) -> Array:
+        """A model's array, checked; `others` will do beside `dtype` where nothing is converted.  Raises AdapterError."""
         return checks.array(call, name, a, shape, dtype)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
@@ -98,8 +105,9 @@ class Host:
 class Card:
     """The memory of an NVIDIA card.  Models give and take anything with `__cuda_array_interface__`.
 
-    Only a hypergradient (q values), a loss, and what is asked for crosses to the host; only coefficients that have changed
-    cross to the card.  Arrays that a model is shown are the engine's own, and not protected: it must not write to them.
+    Only a hypergradient (q values) and what is asked for crosses to the host, and a loss that the model gives as a number
+    there; only coefficients that have changed cross to the card.  Arrays that a model is shown are the engine's own, and
+    not protected: it must not write to them.
 
     Attributes:
       stream: gives the stream to run on, at every call; the default stream unless an adapter sets it.
@@ -112,7 +120,8 @@ class Card:
         from numba import cuda
 
         self._cuda = cuda
-        self.stream: Callable[[], Any] = lambda: 0
+        self.stream: Callable[[], Any] = lambda: LEGACY
+        self._losses: dict[np.dtype, Slab] = {}
         self._rows: dict[tuple[int, ...], tuple[Coefficients, list[bytes]]] = {}
         self._sums: dict[int, tuple[Any, Any]] = {}
 
@@ -144,7 +153,11 @@ class Card:
         return a.astype(np.float32) if a.dtype == HALF["float16"] else a
 
     def get(self, a: Any) -> Array:
-        return a.copy_to_host(stream=self._on())
+        on = self._on()
+        out = a.copy_to_host(stream=on)
+        if on:  # the copy may be under way
+            on.synchronize()
+        return out
 
     def keep(self, a: Any) -> Any:
         out = self.empty(a.shape, a.dtype)
@@ -155,7 +168,7 @@ class Card:
         return self.wide(self.get(a))
 
     def put(self, a: NDArray) -> Any:
-        return self._cuda.to_device(np.ascontiguousarray(a), stream=self._on())
+        return self._cuda.to_device(np.ascontiguousarray(a), stream=self._on()).bind(0)  # else its readers would not wait
 
     def assign(self, state: TangentState, source: TangentState) -> None:
         for into, out in zip(state, source, strict=True):
@@ -174,15 +187,24 @@ class Card:
         return bool(np.isfinite(self._product(g.reshape(1, g.size), g)[0]))
 
     def number(self, call: str, name: str, x: Any) -> float:
-        return checks.number(call, name, x.item() if hasattr(x, "__cuda_array_interface__") else x)
+        return checks.number(call, name, x.item() if hasattr(x, "item") else self.get(x) if _there(x) else x)
 
-    def array(self, call: str, name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    def unread(self, call: str, name: str, x: Any) -> Any:
+        one = self._kernels.device_array(x) if _there(x) else None
+        if one is None or one.size != 1 or one.dtype not in (np.float32, np.float64):
+            return self.number(call, name, x)
+        if one.dtype not in self._losses or self._losses[one.dtype].full:
+            self._losses[one.dtype] = Slab(self.empty((LOSSES,), one.dtype), self.write, self.get)
+        return self._losses[one.dtype].keep(one)
+
+    def array(self, call: str, name: str, a: Any, shape: tuple[int, ...], dtype: np.dtype, *others: np.dtype) -> Any:
         try:
             out = self._kernels.device_array(a)
         except TypeError as error:
             raise AdapterError(f"{call}: {name} must lie on the device, got {short(a)} ({error})") from None
-        if tuple(out.shape) != shape or out.dtype != dtype:
-            raise AdapterError(f"{call}: {name} must be {shape} of {dtype}, got {tuple(out.shape)} of {out.dtype}.")
+        if tuple(out.shape) != shape or out.dtype not in (dtype, *others):
+            what = " or ".join(dict.fromkeys(map(str, (dtype, *others))))
+            raise AdapterError(f"{call}: {name} must be {shape} of {what}, got {tuple(out.shape)} of {out.dtype}.")
         return out
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
@@ -215,6 +237,11 @@ class Card:
         work, out = self._sums[q]
         self._kernels.project(Z, x, work, out, stream=self._on())
         return self.get(out)
+
+
+def _there(x: Any) -> bool:
+    """Whether x is an array in a card's memory."""
+    return getattr(x, "__cuda_ndarray__", False) or hasattr(x, "__cuda_array_interface__")
 
 
 def of(name: Any) -> Host | Card:

@@ -20,7 +20,7 @@ from .problem import Array, Hypergradient, Linearisation, Problem
 from .space import Point, Space
 
 _ARRAYS = ("theta", "slots", "Z", "dslots")
-_CONNECTED = frozenset({"_kernel", "_layout", "_still", "_seen", "_cache"})
+_CONNECTED = frozenset({"_kernel", "_layout", "_still", "_seen", "_cache", "_room"})
 
 
 class Seen(NamedTuple):
@@ -108,6 +108,7 @@ class CoreInner:
         self._still = self._device.still(self._state)
         self._seen = Seen(*(self._device.shown(a) for a in (self._state.theta, self._state.Z, self._still.Z)))
         self._cache: _Cache | None = None
+        self._room: Array | None = None  # (q, p) tangents of the gradient, where they come in chunks
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _CONNECTED}
@@ -173,7 +174,8 @@ class CoreInner:
           tangents: False takes a plain training step and leaves the tangents as they are.
 
         Returns:
-          The inner loss before the step; not finite if training diverged (nothing is raised then).
+          The inner loss before the step; not finite if training diverged (nothing is raised then).  A loss that the model
+          gives on a card is left there, `Unread`, until `float(loss)` asks for it.
 
         Raises:
           ShapeError, HyperparameterError: a wrong phi.
@@ -213,7 +215,7 @@ class CoreInner:
             losses.append(self.step(phi, batch))
             if n % every == 0:
                 H.append(self.hypergradient(val_batch).grad)
-        return np.array(losses), np.array(H).reshape(-1, self.space.q)
+        return np.array([float(x) for x in losses]), np.array(H).reshape(-1, self.space.q)  # a card is asked at the end
 
     def forget(self, rho: float) -> None:
         """Scale the tangents by 0 <= rho <= 1.  At 0 they start again, along fresh random directions if any."""
@@ -338,7 +340,7 @@ class CoreInner:
         plain = Coefficients(coefficients.c, coefficients.dc[:, :0])
         return _Cache(key, checks.locked(phi.copy()), point, loss_seeds, duals, coefficients, plain, [0])
 
-    def _grad_jvp(self, cache: _Cache, batch: Any, tangents: bool) -> tuple[float, Grads]:
+    def _grad_jvp(self, cache: _Cache, batch: Any, tangents: bool) -> tuple[Any, Grads]:
         """The model's gradient and tangents, in chunks of directions where asked for, checked before anything moves."""
         theta, Z, none = self._seen
         if not tangents:
@@ -346,9 +348,12 @@ class CoreInner:
         chunk = self._chunk or len(Z)
         if len(Z) <= chunk:
             return self._oracle.grad_jvp(theta, cache.point, Z, cache.along, batch)
-        dG = self._device.empty(Z.shape, theta.dtype)
+        room = self._room
         for a in range(0, len(Z), chunk):
             part = {n: s[a : a + chunk] for n, s in cache.along.items()}
             loss, grads = self._oracle.grad_jvp(theta, cache.point, Z[a : a + chunk], part, batch)
-            self._device.write(dG[a : a + chunk], grads.dG)
-        return loss, Grads(grads.g, dG)
+            if room is None or room.dtype != grads.dG.dtype:  # the model's choice, where tangents are kept in half
+                room = self._room = self._device.empty(Z.shape, grads.dG.dtype)
+            self._device.write(room[a : a + chunk], grads.dG)
+        assert room is not None
+        return loss, Grads(grads.g, room)

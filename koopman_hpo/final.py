@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .tuner import Tuner
 
 ATTEMPTS = 3
+LOOK = 25  # steps between looks at losses that are not the host's: each waits for a card
 
 
 def train(tuner: Tuner, inner_batch: Callable[[int], Any], val_batch: Callable[[int], Any]) -> str:
@@ -56,9 +57,10 @@ def _run(tuner: Tuner, inner_batch: Callable[[int], Any], val_batch: Callable[[i
     s = tuner.state
     w, value = Window(tuner.initial, s.window.number, tuner.steps), math.nan
     tuner.inner.restore(tuner.initial)
-    while w.done < w.length and math.isfinite(w.loss):
+    while w.done < w.length and not (isinstance(w.loss, float) and not math.isfinite(w.loss)):
         loss = tuner.inner.step(s.phi, inner_batch(s.used + w.done), tangents=False)
         w = w._replace(owed=loss).settled()
+        w = w.read() if w.done % LOOK == 0 else w
     w = w.read()
     if math.isfinite(w.loss):
         value = tuner.inner.hypergradient(val_batch(w.number + 1)).value

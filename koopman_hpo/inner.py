@@ -31,6 +31,11 @@ Value = ArrayLike | None
 class Inner(Protocol):
     """A training run as strategies and the tuner see it; they never look inside.
 
+    A step's loss is a float, or what adds to one and gives one by `float(loss)`: a run that does not live on the host need
+    not wait for its losses; the tuner looks at them where it waits for a hypergradient.  Given `record(batch)`, a
+    hypergradient that stays where the run lives, and `recorded(those)`, which reads a list of them, a tuner waits for its
+    trajectory once a window, or every 25 steps of a longer one.
+
     A run that does not live on the host may have `mark()` and `mark_params()` too: what `snapshot()` and `params` give,
     kept where the run lives, so that going back moves nothing to the host.  A run whose model is more than its parameters,
     BatchNorm's statistics say, has `buffers()`, these in `{name: array}`.  Given `adopt(phi, params, buffers)`, a tuner

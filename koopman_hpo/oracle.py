@@ -24,19 +24,17 @@ class Oracle:
     def __init__(self, problem: Problem, device: devices.Host | devices.Card, loss_names: tuple[str, ...]):
         self.problem, self._device, self._loss_names = problem, device, loss_names
 
-    def grad_jvp(
-        self, theta: Array, point: Point, Z: Array, dhyper: Mapping[str, Array], batch: Any
-    ) -> tuple[float, Grads]:
-        """The inner loss, its gradient (p,), and tangents of the gradient along the rows of Z (n, p)."""
+    def grad_jvp(self, theta: Array, point: Point, Z: Array, dhyper: Mapping[str, Array], batch: Any) -> tuple[Any, Grads]:
+        """The inner loss, perhaps unread, its gradient (p,), and tangents of the gradient along the rows of Z (n, p)."""
         call = "problem.grad_jvp"
         out = self.problem.grad_jvp(theta, self._hyper(point), Z, dhyper, batch)
         if not (isinstance(out, tuple) and len(out) == 3):
             raise AdapterError(f"{call}: must return (loss, g (p,), dG (q, p)), got {type(out).__name__}.")
-        loss = self._device.number(call, "loss", out[0])
+        loss = self._device.unread(call, "loss", out[0])
         g = self._device.array(call, "g", out[1], theta.shape, theta.dtype)
-        return loss, Grads(g, self._device.array(call, "dG", out[2], Z.shape, theta.dtype))
+        return loss, Grads(g, self._device.array(call, "dG", out[2], Z.shape, theta.dtype, Z.dtype))
 
-    def expect_finite(self, loss: float, g: Array) -> None:
+    def expect_finite(self, loss: Any, g: Array) -> None:
         """Raise AdapterError unless they are, which only the parameters one begins with are asked for."""
         if not (math.isfinite(loss) and self._device.finite(g)):
             what = f"loss {loss}" if not math.isfinite(loss) else "gradient"

@@ -27,7 +27,8 @@ _SCALARS = ("t", "cut", "used", "reason", "value0", "value", "rollbacks", "norms
 
 def pack(tuner: Tuner) -> dict[str, Any]:
     """`{name: array}` and, under "meta", what goes into JSON."""
-    s, w = tuner.state, tuner.state.window.read()
+    s = tuner.read()
+    w = s.window
     best = None if s.best is None else s.best.read()
     meta = {
         "settings": settings.of(tuner),

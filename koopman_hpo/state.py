@@ -31,6 +31,13 @@ class Best(NamedTuple):
         return self._replace(params=hosted(self.params), buffers={k: hosted(v) for k, v in self.buffers.items()})
 
 
+class Recorded(NamedTuple):
+    """A hypergradient that nobody has waited for."""
+
+    used: int  # inner steps spent then
+    look: Any  # what the run's `record` gave
+
+
 class Window(NamedTuple):
     """The window under way."""
 
@@ -40,7 +47,7 @@ class Window(NamedTuple):
     done: int = 0  # inner steps taken and settled
     first: float = math.nan  # inner loss before the first step
     loss: float = 0.0  # sum of inner losses; like the others a number on a card, perhaps, that nobody has waited for
-    H: tuple[Array, ...] = ()  # hypergradients recorded, (q,) each
+    H: tuple[Array | Recorded, ...] = ()  # hypergradients recorded, (q,) each; the last ones unread, perhaps
     owed: float | None = None  # inner loss of a step that is taken and not settled: its hypergradient failed, say
 
     def settled(self) -> Window:
@@ -49,8 +56,11 @@ class Window(NamedTuple):
         first = self.owed if self.done == 0 else self.first
         return self._replace(done=self.done + 1, first=first, loss=self.loss + self.owed, owed=None)
 
+    def unread(self) -> list[Recorded]:
+        return [h for h in self.H if isinstance(h, Recorded)]
+
     def read(self) -> Window:
-        """The window with numbers of the host: this waits for a card."""
+        """The window with losses of the host's: this waits for a card."""
         owed = None if self.owed is None else float(self.owed)
         return self._replace(first=float(self.first), loss=float(self.loss), owed=owed)
 

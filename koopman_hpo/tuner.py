@@ -24,7 +24,7 @@ from .history import History
 from .inner import Inner
 from .modes import MODES, Online, Restart, begin_again
 from .outer import Outer
-from .state import Best, State, Window, frozen
+from .state import Best, Recorded, State, Window, frozen
 from .strategies import Glocal, Strategy
 
 Array = NDArray[Any]
@@ -242,14 +242,21 @@ class Tuner:
 
     def _settle(self, s: State, val_batch: Any) -> float:
         """What follows a step that was taken: nothing yet, a hypergradient, or the window's end; all of it or nothing."""
-        loss, w = s.window.owed, s.window.settled()
+        loss, due = s.window.owed, self._due(s.window)
         assert loss is not None
-        due = (w.length - w.done) % self.spacing(w.length) == 0  # counted from the end, so evenly spaced up to it
-        w = w.read() if due else w
-        seen = loss if isinstance(loss, float) else w.loss if due else 0.0  # a card is asked where the host waits anyway
+        seen = loss if isinstance(loss, float) else 0.0
+        if not math.isfinite(seen):
+            s = self.read()
+        elif due == "read":  # a card is asked for losses where the host waits anyway
+            s = self.read()
+            seen = s.window.settled().loss
+        w = s.window.settled()
         s = s._replace(used=s.used + 1, window=w)
         if not math.isfinite(seen):
             self._commit(closing.back(self, s, f"inner loss is {seen}"))
+        elif due == "record":
+            later = Recorded(s.used, self.inner.record(val_batch))  # type: ignore[attr-defined]
+            self.state = s._replace(window=w._replace(H=(*w.H, later)))
         elif due:
             found = self.inner.hypergradient(val_batch)
             s = s._replace(window=w._replace(H=(*w.H, found.grad)))
@@ -261,6 +268,23 @@ class Tuner:
         else:
             self.state = s
         return loss
+
+    def _due(self, w: Window) -> str:
+        """What is due after the step that w owes: "", or a hypergradient, to "record" where the run is, or to "read"."""
+        spacing, left = self.spacing(w.length), w.length - w.done - 1
+        if left % spacing:  # counted from the end, so evenly spaced up to it
+            return ""
+        wait = left == 0 or (len(w.unread()) + 1) * spacing > final.LOOK
+        return "read" if wait or not hasattr(self.inner, "record") else "record"
+
+    def read(self) -> State:
+        """The state with numbers of the host's: this waits for a card, and tells the history what was recorded since."""
+        s, w, later = self.state, self.state.window.read(), self.state.window.unread()
+        found = self.inner.recorded([h.look for h in later]) if later else []  # type: ignore[attr-defined]
+        self.state = s._replace(window=w._replace(H=(*w.H[: len(w.H) - len(later)], *(h.grad for h in found))))
+        for at, h in zip(later, found, strict=True):
+            self._observe(at.used, h.grad)
+        return self.state
 
     def _observe(self, used: int, h: Array) -> None:
         if np.isfinite(h).all():

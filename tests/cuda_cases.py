@@ -24,6 +24,7 @@ RULES = {
 NATURAL = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.03, "beta1": 0.8, "beta2": 0.95, "eps": 0.01}
 NATURAL |= {"alpha": 0.9, "lr_decay": 0.05}
 T = 3  # the step: late enough for every bias correction and decay to count
+NEAR = 1e-3  # to zero, for a sign
 ULP = {np.float16: 2.0**-10, np.uint16: 2.0**-7}  # of a stored tangent, relative to it, at most
 
 
@@ -48,6 +49,9 @@ class Case:
         self.duals = {h: Dual(x, rng.normal(size=(q, n))) for h, x in values.items()}
         rows = [self.rule.row(i, self.duals, T) for i in range(len(self.rule.rows))]
         self.coefficients = Coefficients(np.array([r.x for r in rows], dtype), np.array([r.dx for r in rows], dtype))
+        if self.rule.kernel == "lion":  # its sign is to be the same in every precision: far from zero
+            _, b1, a1, *_ = np.repeat(self.coefficients.c, segments, axis=1)
+            self.grads.g[np.abs(b1 * slots[0] + a1 * self.grads.g) < NEAR] += 1
         self.blocks = tangent.blocks(segments, run).reshape(-1, 3)
 
     def expected(self):

@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
-from cuda_cases import CPU, CUDA, RULES, TOLERANCE, ULP, Case, close, opened, packed
+from cuda_cases import CPU, CUDA, NEAR, RULES, TOLERANCE, ULP, Case, close, opened, packed
 from numba import config, cuda
 
 from koopman_hpo.errors import ShapeError
@@ -34,6 +34,15 @@ def test_a_step_is_the_oracles_and_the_cpus(name, dtype, q):
     assert all(a.dtype == dtype for a in got)
     close(got, case.expected(), TOLERANCE[dtype])
     close(got, case.on_cpu(), TOLERANCE[dtype])
+
+
+def test_no_sign_of_lions_hangs_on_rounding():
+    case = Case("lion", (3000, 5000), 1, np.float32)
+    _, b1, a1, *_ = np.repeat(case.coefficients.c, case.segments, axis=1)
+    s = b1 * case.state.slots[0] + a1 * case.grads.g
+    assert np.abs(s).min() >= NEAR - 1e-6
+    assert (s > 0).any()
+    assert (s < 0).any()
 
 
 @pytest.mark.parametrize("p", [0, 1, 255, 256, 257])
@@ -93,6 +102,33 @@ def test_projection_sums_every_tangent_in_one_order(q, dtype):
         np.testing.assert_allclose(out.copy_to_host(), host, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("p", [0, 1, 255, 256, 257])
+@pytest.mark.parametrize("name", RULES)
+def test_every_optimizer_at_every_size(name, p):
+    case = Case(name, (p,), 1, np.float32, run=64)
+    got = case.on_cuda()
+    close(got, case.expected(), TOLERANCE[np.float32])
+    close(got, case.on_cpu(), TOLERANCE[np.float32])
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("q", [0, 1, 255, 256, 257])
+def test_every_other_kernel_at_every_size(q):
+    H = np.random.default_rng(6).normal(size=(3, q))
+    D, out, work = H - H[0], cuda.to_device(np.full(3, np.nan)), cuda.to_device(np.full((2, 3), np.nan))
+    trajectory.gram_row(cuda.to_device(H), 3, 16, work, out)
+    np.testing.assert_allclose(out.copy_to_host(), D @ D[-1], rtol=1e-13, atol=1e-13)
+    out, sums = cuda.to_device(np.full((3, 3), np.nan)), cuda.to_device(np.full(q, np.nan))
+    trajectory.gram(cuda.to_device(H), out)
+    np.testing.assert_allclose(out.copy_to_host(), D @ D.T, rtol=1e-13, atol=1e-13)
+    trajectory.combine(cuda.to_device(np.arange(3.0)), cuda.to_device(H), sums)
+    np.testing.assert_allclose(sums.copy_to_host(), np.arange(3.0) @ H, rtol=1e-13, atol=1e-13)
+    x = cuda.to_device(H)
+    CUDA.scale(x, 0.7)
+    np.testing.assert_array_equal(x.copy_to_host(), 0.7 * H)
+
+
 def projected(p, shares):
     Z, dE = np.random.default_rng(2).normal(size=(2, p)), np.arange(p) / 7
     out = cuda.to_device(np.full(2, np.nan))
@@ -127,7 +163,7 @@ def test_scaling_clears_what_is_not_finite_only_at_zero(dtype):
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-@pytest.mark.parametrize(("m", "q"), [(1, 1), (2, 17), (5, 3), (6, 40)])
+@pytest.mark.parametrize(("m", "q"), [(1, 1), (2, 17), (5, 3), (6, 40), (8, 9)])
 def test_trajectory_kernels_are_numpys_and_the_cpus(m, q, dtype):
     rng = np.random.default_rng(4)
     H, c = (3 + rng.normal(size=(m, q))).astype(dtype), rng.normal(size=m)
@@ -136,9 +172,10 @@ def test_trajectory_kernels_are_numpys_and_the_cpus(m, q, dtype):
     d = max(1, m // 2)
     K = sum(G[k : m - d + 1 + k, k : m - d + 1 + k] for k in range(d))
     on_device, host = cuda.to_device(H), lambda *shape: np.full(shape, np.nan)
+    work = cuda.to_device(host(2, m))
     calls = {
         "gram": (G, lambda module, H, out: module.gram(H, out)),
-        "gram_row": (G[-1], lambda module, H, out: module.gram_row(H, m, 16, out)),
+        "gram_row": (G[-1], lambda module, H, out: module.gram_row(H, m, 16, work if module is trajectory else None, out)),
         "combine": (c @ H.astype(np.float64), None),
     }
     for name, (wanted, call) in calls.items():

@@ -42,6 +42,7 @@ def test_the_benchmark_proves_its_kernels_under_the_simulator():
     for name in (
         "sgd, p = 1e+03, q = 3",
         "adam, compiled",
+        "ms_step_foreach",
         "ms_adapter_record",
         "step_to_floor",
         "adapter_to_floor",
@@ -50,6 +51,17 @@ def test_the_benchmark_proves_its_kernels_under_the_simulator():
         assert name in out.split("bars")[0], name
     assert "ResNet-18, tiny, adapter_to_floor" in out.split("bars")[1]
     assert out.endswith("are not kept.\n"), out
+
+
+def test_the_benchmark_trusts_a_profile_only_where_it_shows_what_must_be_there(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE.parent / "benchmarks"))
+    pytest.importorskip("torch")
+    adapter = import_module("gpu_adapter")
+    copy = lambda n: {"name": "Memcpy DtoH (Device -> Pageable)", "args": {"bytes": n}}
+    others = [{"name": "Memcpy HtoD (Pageable -> Device)", "args": {"bytes": 7}}, {"name": "kernel"}, {"ph": "M"}]
+    assert adapter.copied([copy(8), *others, copy(adapter.KNOWN), copy(4)]) == 12
+    with pytest.raises(RuntimeError, match="does not see"):
+        adapter.copied([copy(8), *others])
 
 
 def test_the_benchmark_says_what_it_needs():

@@ -13,6 +13,7 @@ from koopman_hpo import (
     Glocal,
     HyperparameterError,
     Inner,
+    Local,
     ShapeError,
     Space,
     Tuner,
@@ -307,6 +308,67 @@ def test_nothing_of_the_size_of_the_model_crosses_in_a_window_or_on_the_way_back
     with jax.transfer_guard_host_to_device("disallow"):
         run.step(run.space.phi0, batches[0])  # nothing goes there either, unless phi has moved
         run.hypergradient(val)
+
+
+def test_losses_and_the_trajectory_come_to_the_host_once_a_window(monkeypatch):
+    crossed, kind = [], type(jnp.zeros(1))
+    value = kind._value
+    monkeypatch.setattr(kind, "_value", property(lambda x: crossed.append(x.size) or value.__get__(x)))
+    for module in (_jax_inner, _jax_tree, snapshots):
+        monkeypatch.setattr(module, "np", Counting(crossed))
+    run, twin = noisy(), noisy()
+    tuner = Tuner(run, Local(), steps=20, window=10, every=2, guard=None)
+    losses = []
+    for n in range(1, 21):
+        crossed.clear()
+        losses.append(tuner.step(BATCHES[n % 12], VAL))
+        assert isinstance(losses[-1], jax.Array)
+        if n == 1:  # whether it is finite, and the outer loss before training
+            assert sorted(crossed) == [1, 1, run.space.q]
+        elif n % 10:
+            assert crossed == []
+        else:  # the first loss, the last, and the sum; five outer losses and the trajectory
+            assert sorted(crossed) == [1] * 8 + [run.space.q] * 5
+    np.testing.assert_allclose(tuner.history.loss, [np.mean(losses[:10]), np.mean(losses[10:])], rtol=1e-12)
+    seen, step = [], twin.step
+    twin.step = lambda *args: (seen.append(len(crossed)), step(*args))[1]
+    crossed.clear()
+    twin.run(SPACE.phi0, [*BATCHES[:5], data(5, n=6)], VAL, every=2)  # step by step, and still all at the end
+    assert seen == [0, 1, 1, 1, 1, 1]
+    assert sorted(crossed) == sorted([1] * 7 + 3 * [1, run.space.q])
+
+
+@pytest.mark.parametrize(("window", "every", "cut"), [(10, 1, 17), (60, 2, 57)])
+def test_a_tuner_that_waits_once_a_window_finds_what_one_finds_that_always_waits(window, every, cut):
+    tuners = [Tuner(noisy(), Glocal(), steps=60, window=window, every=every, guard=None) for _ in range(3)]
+    tuners[1]._due = lambda w: "read" if Tuner._due(tuners[1], w) else ""
+    reads, recorded = [], tuners[0].inner.recorded
+    tuners[0].inner.recorded = lambda looks: reads.append(len(looks)) or recorded(looks)
+    for tuner in tuners[:2]:
+        for t in range(cut):
+            tuner.step(BATCHES[t % 12], VAL)
+    assert max(reads) == (9 if window == 10 else 12)  # of at most 25 steps, beside the one that is waited for
+    tuners[2].restore(tuners[0].snapshot())
+    for tuner in tuners:
+        for t in range(cut, 60):
+            tuner.step(BATCHES[t % 12], VAL)
+        assert tuner.done
+    first, *others = tuners
+    assert len(first.history.trajectory) == 60 // every
+    for other in others:
+        np.testing.assert_array_equal(other.inner.params, first.inner.params)
+        np.testing.assert_array_equal(other.history.trajectory, first.history.trajectory)
+        np.testing.assert_array_equal(other.history.trajectory_step, first.history.trajectory_step)
+        np.testing.assert_array_equal(other.phi, first.phi)
+        np.testing.assert_allclose(other.history.loss, first.history.loss, rtol=1e-12)
+
+
+def test_a_loss_in_half_precision_adds_up_in_full():
+    state = {"w": jnp.ones(3, jnp.float32)}
+    step = lambda s, h, b: ({"w": s["w"] * (1 - h["lr"])}, jnp.sum(s["w"]).astype(jnp.bfloat16))
+    run = adapter.inner(step, lambda s, h, b: jnp.sum(s["w"]), state, Space(lr=log(0.1)))
+    for tangents in (True, False):
+        assert run.step([-2.0], None, tangents=tangents).dtype == np.float64
 
 
 class Stalling(Global):

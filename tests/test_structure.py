@@ -10,7 +10,7 @@ import koopman_hpo
 ROOT = Path(koopman_hpo.__file__).parent
 LAYERS = [
     {"errors"},
-    {"kernels", "files", "transforms", "snapshots"},
+    {"kernels", "files", "transforms", "snapshots", "unread"},
     {"problem", "hyperparameters"},
     {"space"},
     {"optimizers", "tangent", "batches"},

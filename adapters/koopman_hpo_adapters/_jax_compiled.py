@@ -48,12 +48,19 @@ class Lifted:
 
 @partial(jax.jit, static_argnums=0)
 def one_step(train: Lifted, carry: Carry, at: Point, batch: Any) -> Any:
-    return step(train.train, carry, at, batch)
+    carry, loss = step(train.train, carry, at, batch)
+    return carry, _wide(loss)
 
 
 @partial(jax.jit, static_argnums=0)
 def plain_step(train: Lifted, state: Any, at: Point, batch: Any) -> Any:
-    return train.train(state, Hyper(at.hyper), batch)
+    state, loss = train.train(state, Hyper(at.hyper), batch)
+    return state, _wide(loss)
+
+
+def _wide(loss: Any) -> Any:
+    """In JAX's widest type: losses are added up where they are."""
+    return loss.astype(jax.dtypes.canonicalize_dtype(float))
 
 
 look = partial(jax.jit, static_argnums=0)(hypergradient)

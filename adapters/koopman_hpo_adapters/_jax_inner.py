@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,15 @@ from ._jax_optax import TrainStep
 from ._jax_tree import is_array, kept, loaded, owned, real, same_form, stacked, stored
 
 LONGEST = 256  # steps whose batches are put together for one scan: memory does not grow with the run
+
+
+class Look(NamedTuple):
+    """A hypergradient that nobody has waited for."""
+
+    phi: Array  # (q,)
+    t: int  # inner steps taken
+    value: Any  # () the outer loss
+    h: Any  # (q,)
 
 
 def inner(
@@ -157,23 +166,23 @@ class JaxInner:
 
     # -- running -------------------------------------------------------------------------------------------------------
 
-    def step(self, phi: ArrayLike, batch: Any, *, tangents: bool = True) -> float:
-        """As `koopman_hpo.inner.CoreInner.step`; in every error the state is as before."""
+    def step(self, phi: ArrayLike, batch: Any, *, tangents: bool = True) -> Any:
+        """As `koopman_hpo.inner.CoreInner.step`; in every error the state is as before.
+
+        The loss is an array () of JAX's, so that the host runs ahead: `float(loss)` waits for it.
+        """
         phi, at = self._prepare(phi)
         if tangents and self.space.q:
             carry, loss = one_step(self._train, self.carry, at, batch)
         else:
             state, loss = plain_step(self._train, self.carry.state, at, batch)
             carry = self.carry._replace(state=state)
-        self._accept(phi, carry, 1, float(loss))
-        return float(loss)
+        self._accept(phi, carry, 1, loss)
+        return loss
 
     def hypergradient(self, batch: Any) -> Hypergradient:
         """The derivative of the outer loss on `batch` with respect to the hyperparameters, at the current state."""
-        phi, at = self._prepare(self.phi)
-        value, h = look(self._val, self.carry, at, batch)
-        h = np.array(h, np.float64)
-        return Hypergradient(float(value), h, self.space.gradient(phi, h), self.t)
+        return self.recorded([self.record(batch)])[0]
 
     def run(self, phi: ArrayLike, batches: Iterable[Any], val_batch: Any, every: int = 1) -> tuple[Array, Array]:
         """A whole window; see `window`.
@@ -220,8 +229,21 @@ class JaxInner:
         for n, batch in enumerate(part, 1):
             losses.append(self.step(phi, batch))
             if n % every == 0:
-                found.append(self.hypergradient(val_batch))
-        return losses, found
+                found.append(self.record(val_batch))
+        return [float(x) for x in jax.device_get(losses)], self.recorded(found)
+
+    def record(self, batch: Any) -> Look:
+        """`hypergradient`, for which nobody waits until it is `recorded`."""
+        phi, at = self._prepare(self.phi)
+        return Look(phi, self.t, *look(self._val, self.carry, at, batch))
+
+    def recorded(self, looks: list[Look]) -> list[Hypergradient]:
+        """What `record` gave, on the host, all at once."""
+        found = []
+        for phi, t, value, h in jax.device_get(looks):
+            grad = np.array(h, np.float64)
+            found.append(Hypergradient(float(value), grad, self.space.gradient(phi, grad), int(t)))
+        return found
 
     def _scan(self, phi: ArrayLike, part: list[Any], val_batch: Any, every: int) -> tuple[list[float], list[Hypergradient]]:
         phi, at = self._prepare(phi)
@@ -340,7 +362,7 @@ class JaxInner:
     def _along(self) -> Any:
         return None if self.directions is None else jnp.asarray(self.directions, self._dtype)
 
-    def _accept(self, phi: Array, carry: Carry, n: int, loss: float) -> None:
+    def _accept(self, phi: Array, carry: Carry, n: int, loss: Any) -> None:
         if self._t == 0 and not math.isfinite(loss):
             raise AdapterError(
                 f"jax.inner.step: the inner loss must be finite at the initial state, got {loss}. Look for NaN or inf in "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from koopman_hpo import devices
@@ -16,7 +17,6 @@ from koopman_hpo.kernels.arrays import TangentState
 from koopman_hpo.problem import Array
 
 Tensors = tuple[torch.Tensor, ...]  # theta, slots, Z, dslots, as in a TangentState
-LEGACY = 1  # CUDA's handle of the default stream: unlike 0, Numba copies on it without waiting
 
 
 class OnHost(devices.Host):
@@ -42,6 +42,14 @@ class OnHost(devices.Host):
         """An array that the engine shows, as a tensor."""
         return torch.from_numpy(a.copy())  # what is locked would warn
 
+    def kept(self, tensor: torch.Tensor) -> Array:
+        """A copy, where it is, to go back to."""
+        return hosted(tensor)
+
+    def back(self, a: Any) -> torch.Tensor:
+        """What was kept, or comes from a file, as a tensor to copy from."""
+        return torch.from_numpy(np.array(a))
+
     def loss(self, loss: torch.Tensor) -> Any:
         """What a training step returns."""
         return float(loss.detach())
@@ -64,7 +72,7 @@ class OnCard(devices.Card):
 
     def _open(self) -> None:
         self._cuda.select_device(self.place.index)
-        self.stream = lambda: torch.cuda.current_stream(self.place).cuda_stream or LEGACY
+        self.stream = lambda: torch.cuda.current_stream(self.place).cuda_stream or devices.LEGACY
 
     def init(self, params: Array, k: int, q: int, fill: float, kept: str | None) -> TangentState:
         theta, p = self._sent(params), params.size
@@ -84,8 +92,16 @@ class OnCard(devices.Card):
     def keep(self, a: Any) -> Any:
         return self.view(self.tensor(a).clone())
 
-    def number(self, call: str, name: str, x: Any) -> Any:
-        return x if isinstance(x, torch.Tensor) else super().number(call, name, x)
+    def unread(self, call: str, name: str, x: Any) -> Any:
+        return x if isinstance(x, torch.Tensor) else super().unread(call, name, x)
+
+    def kept(self, tensor: torch.Tensor) -> Any:
+        if tensor.device != self.place:  # a buffer that stayed on the CPU
+            return hosted(tensor)
+        return self.view(tensor.detach().clone(memory_format=torch.contiguous_format))
+
+    def back(self, a: Any) -> torch.Tensor:
+        return self.tensor(a) if hasattr(a, "copy_to_host") else torch.from_numpy(np.array(a))
 
     def loss(self, loss: torch.Tensor) -> Any:
         return loss.detach().double()
@@ -99,6 +115,16 @@ class OnCard(devices.Card):
 
     def _sent(self, a: Array) -> torch.Tensor:
         return torch.tensor(a).to(self.place, non_blocking=True)
+
+
+def hosted(tensor: torch.Tensor) -> Array:
+    """A copy on the host."""
+    return tensor.detach().cpu().numpy().copy()
+
+
+def like(tensor: torch.Tensor) -> Array:
+    """A NumPy array of its shape and type, which takes no memory and holds nothing."""
+    return np.broadcast_to(np.empty((), torch.empty((), dtype=tensor.dtype).numpy().dtype), tuple(tensor.shape))
 
 
 def of(place: torch.device) -> OnHost | OnCard:

@@ -70,7 +70,7 @@ class Graph:
         n, grads = len(self.inputs), None
         try:
             walk = Walk(loss)
-            for into, moved in _pieces(self._chunk or max(1, _ROOM // (walk.width or 1)), out, along):
+            for into, moved in _pieces(self._chunk or max(1, _ROOM // self._weight(walk, out)), out, along):
                 pulls = walk.ahead({id(i): m.to(i.dtype) for i, m in zip(self.inputs, moved, strict=True)})
                 grads = grads or self.gradient(loss, walk.edges, keep=True)
                 found = walk.back(pulls, grads[n:])
@@ -82,6 +82,12 @@ class Graph:
             raise
         self.say(FORWARD)
         return grads and grads[:n]
+
+    def _weight(self, walk: Walk, out: Columns) -> int:
+        """Elements that one direction takes on its way: of the graph, and of tangents that are kept in less than they weigh
+        on it, which are widened and found in full."""
+        narrow = any(o.dtype.itemsize < i.dtype.itemsize for o, i in zip(out, self.inputs, strict=False))
+        return max(1, walk.width, 2 * self._p if narrow else 0)
 
     def settle(self) -> None:
         """A step was taken: hooks set before act on no graph to come."""
@@ -121,14 +127,13 @@ class Graph:
         outputs: tuple[Any, ...] = tuple(grads[i] for i in kept)
         along = [along[i] for i in kept]
         for into, moved in _pieces(self._chunk or len(along[0]), out, along):
-            moved = [m.to(g.dtype) for m, g in zip(moved, outputs, strict=True)]  # noqa: PLW2901 - half precision widened
             self._second(outputs, moved, tuple(inputs), into)
 
     def _second(self, outputs: Any, along: Columns, inputs: tuple[torch.Tensor, ...], out: Columns) -> None:
         if not self._loops and len(along[0]) * self._p <= _SMALL:
             batch: dict[str, Any] = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
             try:
-                write(out, torch.autograd.grad(outputs, inputs, along, **batch))
+                write(out, torch.autograd.grad(outputs, inputs, _widened(along, outputs), **batch))
                 self.say(BATCHED)
                 return
             except RuntimeError as error:
@@ -136,7 +141,7 @@ class Graph:
                 self._loops = True
         try:
             for row, into in zip(_rows(along), _rows(out), strict=True):
-                write(into, _pull(outputs, row, inputs, True, False))
+                write(into, _pull(outputs, _widened(row, outputs), inputs, True, False))
         except RuntimeError as error:
             raise NotTwice(str(error).splitlines()[0]) from error
         self.say(LOOPED)
@@ -146,6 +151,11 @@ class Graph:
         if self.path != path:
             self.path = path
             log.info("torch: tangents by %s", path)
+
+
+def _widened(along: Columns, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tangents that are kept in half precision, in full; others as they are."""
+    return [a.to(o.dtype) for a, o in zip(along, outputs, strict=True)]
 
 
 def _pull(outputs: Any, along: Any, inputs: Any, keep: bool, create: bool) -> tuple[torch.Tensor | None, ...]:
@@ -214,12 +224,15 @@ def _advice(said: str) -> str:
 
 
 def clipped(g: torch.Tensor, dG: torch.Tensor, limit: float) -> None:
-    """Clip g (p,) to a norm as torch's `clip_grad_norm_` does, and dG (q, p) with it, both in place; no card is read."""
+    """Clip g (p,) to a norm as torch's `clip_grad_norm_` does, and dG (q, p) with it, both in place; no card is read.
+    Tangents that are kept in half precision are clipped in full, one by one."""
     norm = torch.linalg.vector_norm(g)
     scale = limit / (norm + 1e-6)
     long = (scale < 1) & norm.isfinite()
     if g.device.type == "cpu" and not long:  # reading costs nothing here
         return
-    slope = (dG @ g) * (scale / ((norm + 1e-6) * norm))  # -d scale along each tangent
-    dG.mul_(torch.where(long, scale, 1)).sub_(torch.where(long, torch.outer(slope, g), 0))
+    for part in (dG,) if dG.dtype == g.dtype else dG.split(1):
+        wide = part.to(g.dtype)
+        slope = (wide @ g) * (scale / ((norm + 1e-6) * norm))  # -d scale along each tangent
+        part.copy_(wide.mul_(torch.where(long, scale, 1)).sub_(torch.where(long, torch.outer(slope, g), 0)))
     g.mul_(torch.where(long, scale, 1))

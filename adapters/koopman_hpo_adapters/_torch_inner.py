@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from koopman_hpo.kernels.arrays import Coefficients
 from koopman_hpo.problem import Array
 
 from . import _torch_options as options
+from ._torch_device import hosted, like
 from ._torch_graph import clipped
 from ._torch_losses import Losses, Part, Source
 from ._torch_memory import Memory
@@ -100,7 +101,8 @@ class TorchInner(CoreInner):
         along = cache.along if tangents else {n: s[:0] for n, s in cache.along.items()}
         part = self.losses.train(batch, Z, along, own=True)
         kept = self.memory.room(len(Z))
-        kept.flat.copy_(part.room.flat)
+        for into, flat in zip(kept.flat, part.room.flat, strict=True):
+            into.copy_(flat)
         self._part = _sum(self._part, part._replace(room=kept))
         return part.loss
 
@@ -125,16 +127,16 @@ class TorchInner(CoreInner):
         self.losses.statistics.forget(float(rho))
 
     def snapshot(self) -> dict[str, NDArray]:
-        return super().snapshot() | self._own()
+        return super().snapshot() | self._own(hosted)
 
     def mark(self) -> dict[str, Any]:
-        return super().mark() | self._own()
+        return super().mark() | self._own(self.memory.device.kept) | self.losses.statistics.moved()
 
     def restore(self, snapshot: Mapping[str, NDArray]) -> None:
         super().restore(snapshot)
         self.memory.counts[:] = snapshot["counts"]
-        self.losses.statistics.restore(snapshot)
-        tensors = {k: torch.from_numpy(np.array(snapshot[k])) for k in self._own()}
+        tensors = {name: self.memory.device.back(snapshot[name]) for name in self._tensors()}
+        self.losses.statistics.restore(tensors, snapshot.get("moved"))
         self.losses.restore([t for k, t in tensors.items() if k.startswith("random/")], tensors)
         self._part = None
         self.losses.graph.settle()
@@ -142,16 +144,21 @@ class TorchInner(CoreInner):
         self.show(self.phi)
 
     def _like(self) -> dict[str, NDArray]:
-        return super()._like() | self._own()
+        return super()._like() | self._own(like)
 
-    def _own(self) -> dict[str, NDArray]:
+    def _own(self, copied: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
         """What a snapshot holds beside the core's: step counts, tangents of running statistics, random states, buffers."""
-        out = self.losses.statistics.snapshot() | {"counts": self.memory.counts.copy()}
-        out |= {f"random/{i}": state.numpy().copy() for i, state in enumerate(self.losses.random())}
-        return out | self.buffers()
+        return {"counts": self.memory.counts.copy()} | {name: copied(t) for name, t in self._tensors().items()}
 
-    def buffers(self) -> dict[str, NDArray]:
-        return {f"buffer/{n}": b.detach().cpu().numpy().copy() for n, b in self.losses.buffers().items()}
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        random = {f"random/{i}": state for i, state in enumerate(self.losses.random())}
+        return self.losses.statistics.arrays() | random | self._buffers()
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return {f"buffer/{name}": b for name, b in self.losses.buffers().items()}
+
+    def buffers(self) -> dict[str, Any]:
+        return {name: self.memory.device.kept(b) for name, b in self._buffers().items()}
 
     def __getstate__(self) -> dict[str, Any]:
         raise AdapterError(
@@ -199,7 +206,7 @@ class TorchInner(CoreInner):
             self.losses.check_module()
         self._used = list(part.used)
         if self._clip is not None:
-            clipped(part.room.flat[0], part.room.flat[1:], self._clip)
+            clipped(*part.room.flat, self._clip)
         return part.loss, *part.room.arrays
 
     def _outer_gradients(self, theta: Array, hyper: Any, batch: Any) -> tuple[float, Array, dict[str, Array]]:
@@ -217,7 +224,8 @@ def _sum(one: Part | None, two: Part) -> Part:
     """Both losses in one; the second's room is written over."""
     if one is None:
         return two
-    two.room.flat.add_(one.room.flat)
+    for into, flat in zip(two.room.flat, one.room.flat, strict=True):
+        into.add_(flat)
     return Part(one.loss + two.loss, two.room, [a or b for a, b in zip(one.used, two.used, strict=True)])
 
 

@@ -146,7 +146,7 @@ class Losses:
 
         The result is of the moment: the next call writes over it, unless it was asked for `elsewhere`.
         """
-        room = self._memory.room(len(Z)) if self._probing else self._rooms[len(Z)]
+        room = self._memory.room(len(Z), wide=True) if self._probing else self._rooms[len(Z)]
         if not len(Z):
             return self._by_graph(batch, None, room)
         if self._differ:
@@ -219,7 +219,7 @@ class Losses:
             found = np.empty((len(Z), theta.size), theta.dtype)
             for j, z in enumerate(Z):
                 differences(gradient, theta, hyper, z, {n: d[j] for n, d in dhyper.items()}, found[j])
-            room.flat[1:].copy_(torch.from_numpy(found))
+            room.flat[1].copy_(torch.from_numpy(found))
             if len(Z) and not self.graph.path:
                 self._report(gradient, theta, hyper, Z[0], {n: d[0] for n, d in dhyper.items()}, found[0])
         finally:
@@ -277,7 +277,7 @@ class Losses:
 
     def outer_hvp(self, theta: Array, hyper: Mapping[str, Any], V: Array, batch: Any) -> Array:
         """(n, p) Hessian of the outer loss at theta times each row of V (n, p)."""
-        into = self._memory.room(len(V))
+        into = self._memory.room(len(V), wide=True)
         try:
             with self.graph.apart(), self.elsewhere(theta, hyper, True):
                 along = cut(self._memory.device.tensor(V), self._memory.shapes)

@@ -23,16 +23,17 @@ _CALL = "HyperOptimizer"
 
 
 class Buffer:
-    """Room for a gradient and q tangents: `flat` (1 + q, p) on a device, and views of it.
+    """Room for a gradient and q tangents on a device: `flat`, (p,) and (q, p), and views of both.
 
     Attributes:
       g, dG: the gradient and its tangents (q, *shape) in the parameters' shapes.  arrays: both, as the kernels take them.
     """
 
-    def __init__(self, device: Device, shapes: list[torch.Size], q: int, dtype: torch.dtype):
-        self.flat = torch.empty((1 + q, sum(s.numel() for s in shapes)), dtype=dtype, device=device.place)
-        self.g, self.dG = cut(self.flat[0], shapes), cut(self.flat[1:], shapes)
-        self.arrays = device.view(self.flat[0]), device.view(self.flat[1:])
+    def __init__(self, device: Device, shapes: list[torch.Size], q: int, dtype: torch.dtype, kept: torch.dtype):
+        p, place = sum(s.numel() for s in shapes), device.place
+        self.flat = torch.empty(p, dtype=dtype, device=place), torch.empty((q, p), dtype=kept, device=place)
+        self.g, self.dG = (cut(flat, shapes) for flat in self.flat)
+        self.arrays = device.view(self.flat[0]), device.view(self.flat[1])
 
 
 def cut(flat: torch.Tensor, shapes: list[torch.Size]) -> list[torch.Tensor]:
@@ -75,9 +76,9 @@ class Memory:
         """Parameters in each group."""
         return tuple(sum(p.numel() for p in group) for group in self.groups)
 
-    def room(self, q: int) -> Buffer:
-        """A new buffer beside the parameters."""
-        return Buffer(self.device, self.shapes, q, self.dtype)
+    def room(self, q: int, wide: bool = False) -> Buffer:
+        """A new buffer beside the parameters; its tangents in the type that the run keeps, or in the parameters'."""
+        return Buffer(self.device, self.shapes, q, self.dtype, self.dtype if wide else self.device.tensors[2].dtype)
 
     def move_in(self) -> None:
         """Make every parameter, and every slot that torch would keep, a view of the engine's arrays."""

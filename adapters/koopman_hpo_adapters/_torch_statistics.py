@@ -9,7 +9,7 @@ output gets `(d output / d r) e`, which is zero, with e's derivative that of r.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -115,21 +115,24 @@ class Statistics:
 
     def pull(self, seen: Sequence[Seen], grads: Sequence[torch.Tensor | None]) -> Array:
         """(s,) share of the hypergradient that goes through the running statistics."""
-        share = np.zeros(len(self.tangents[0]) if self.tangents else 1)
-        for call, g in zip(seen, grads, strict=True):
-            if g is not None:
-                share += torch.tensordot(self.tangents[call.layer], g.detach(), 2).cpu().numpy()
-        return share
+        calls = [(call, g.detach()) for call, g in zip(seen, grads, strict=True) if g is not None]
+        shares = [torch.tensordot(self.tangents[call.layer], g, 2).double() for call, g in calls]
+        none = np.zeros(len(self.tangents[0]) if self.tangents else 1)
+        return torch.stack(shares).sum(0).cpu().numpy() if shares else none  # one wait for a card
 
-    def snapshot(self) -> dict[str, Array]:
-        return {f"statistics/{i}": t.cpu().numpy().copy() for i, t in enumerate(self.tangents)}
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """The tangents by the names that they have in a snapshot."""
+        return {f"statistics/{i}": t for i, t in enumerate(self.tangents)}
 
-    def restore(self, snapshot: Any) -> None:
+    def moved(self) -> dict[str, Array]:
+        """What a mark, which is not read, says of them: whether they may have left zero."""
+        return {"moved": np.array(self._moved)} if self.layers else {}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], moved: Array | None) -> None:
         self.drop()
-        for i, t in enumerate(self.tangents):
-            kept = np.array(snapshot[f"statistics/{i}"])
-            t.copy_(torch.from_numpy(kept))
-            self._moved[i] = bool(kept.any())
+        for name, t in self.arrays().items():
+            t.copy_(tensors[name])
+        self._moved = [bool(t.any()) for t in self.tangents] if moved is None else moved.tolist()
 
 
 class _Hook:

@@ -277,7 +277,7 @@ class Run(NamedTuple):
 
 
 def _train(run: Inner, model: Model, dtype: Any, space: Space) -> Run:
-    losses = [run.step(space.phi0, batch) for batch in model.batches(dtype)]
+    losses = [float(run.step(space.phi0, batch)) for batch in model.batches(dtype)]
     return Run(np.array(losses), run.params, run.hypergradient(model.val_batch(dtype)).grad)
 
 
@@ -498,7 +498,7 @@ class Conformance:
         run.restore(before)
         want, rows = [], []
         for n, batch in enumerate(toy.batches(), 1):
-            want.append(run.step(space.phi0, batch))
+            want.append(float(run.step(space.phi0, batch)))
             if n % 5 == 0:
                 rows.append(run.hypergradient(toy.val_batch()).grad)
         assert losses.shape == (STEPS,)

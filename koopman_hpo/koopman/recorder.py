@@ -60,7 +60,7 @@ class Recorder:
             with np.errstate(over="ignore"):  # found below
                 self._buffer[m] = h
         row = self._gram[m]
-        gram_row(self._buffer, m + 1, BLOCK, row)
+        gram_row(self._buffer, m + 1, BLOCK, None, row)
         if not np.isfinite(row[m]) or (m == 0 and not np.isfinite(h).all()):
             raise ShapeError(
                 f"koopman.Recorder.append: snapshot {m} must be finite and below 1e150. Training diverged: "

@@ -12,8 +12,8 @@ from numba import njit
 
 
 @njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
-def gram_row(H, m, block, out):
-    """out[i] <- (H[i] - H[0]) . (H[m-1] - H[0]) for i < m.  H: (>= m, q); out: (>= m,).
+def gram_row(H, m, block, work, out):
+    """out[i] <- (H[i] - H[0]) . (H[m-1] - H[0]) for i < m.  H: (>= m, q); work: unused; out: (>= m,).
 
     `block` values at a time, so that the last and the first snapshot stay in the cache while the others stream
     by.  Sums may be reordered (they only run in vector registers then); NaN and inf still show.

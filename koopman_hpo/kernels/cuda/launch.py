@@ -68,7 +68,9 @@ def covering(n: int) -> int:
 def device_stream(stream: Any) -> Any:
     """Numba's stream for a handle, a torch stream or one of Numba's own; 0 is the default stream."""
     handle = getattr(stream, "cuda_stream", stream)  # torch's
-    return cuda.external_stream(handle) if isinstance(handle, int) and handle else handle
+    if not isinstance(handle, int) or not handle:
+        return handle
+    return cuda.external_stream(handle) if hasattr(cuda, "external_stream") else 0  # the simulator has but one
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...], step: int) -> bool:

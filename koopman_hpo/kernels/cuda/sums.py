@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from numba import cuda
+from numba import cuda, float64
+
+ROWS = 4  # sums that one thread takes at once: what they share is read once for all of them
 
 
 @cuda.jit(device=True)
@@ -19,3 +21,14 @@ def block_sum(s, shared):
     total = shared[0]
     cuda.syncthreads()  # before the next sum overwrites it
     return total
+
+
+@cuda.jit
+def total(work, n, out):
+    """out[j] <- the sum of the first n shares of sum j."""
+    j, s = cuda.blockIdx.x, float64(0)
+    for y in range(cuda.threadIdx.x, n, cuda.blockDim.x):
+        s += work[y, j]
+    s = block_sum(s, cuda.shared.array(0, float64))
+    if cuda.threadIdx.x == 0:
+        out[j] = s

@@ -13,9 +13,7 @@ from numba import cuda, float64
 
 from .launch import covering, device_array, launch
 from .storage import storage
-from .sums import block_sum
-
-ROWS = 4  # tangents that one thread sums: dE_dtheta is read once for all of them
+from .sums import ROWS, block_sum, total
 
 
 def project(Z, dE_dtheta, work, out, *, stream=0):
@@ -29,7 +27,7 @@ def project(Z, dE_dtheta, work, out, *, stream=0):
     arithmetic = _arithmetic(dE)
     loads = storage(Z.dtype, arithmetic).load, storage(dE.dtype, arithmetic).load
     launch(_shares(*loads), (-(-q // ROWS), n), stream, Z, dE, work, sums=True)
-    launch(_total, (q, 1), stream, work, n, out, sums=True)
+    launch(total, (q, 1), stream, work, n, out, sums=True)
 
 
 def scale(tangents, rho, *, stream=0):
@@ -66,17 +64,6 @@ def _shares(load, load_e):
             work[y, j], work[y, j1], work[y, j2], work[y, j3] = s0, s1, s2, s3
 
     return kernel
-
-
-@cuda.jit
-def _total(work, n, out):
-    """out[j] <- the sum of the first n shares of tangent j."""
-    j, s = cuda.blockIdx.x, float64(0)
-    for y in range(cuda.threadIdx.x, n, cuda.blockDim.x):
-        s += work[y, j]
-    s = block_sum(s, cuda.shared.array(0, float64))
-    if cuda.threadIdx.x == 0:
-        out[j] = s
 
 
 @cache

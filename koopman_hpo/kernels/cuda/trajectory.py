@@ -5,18 +5,24 @@ from __future__ import annotations
 from numba import cuda, float64
 
 from .launch import covering, device_array, launch
-from .sums import block_sum
+from .sums import ROWS, block_sum, total
 
 
-def gram_row(H, m, block, out, *, stream=0):
-    """out[i] <- (H[i] - H[0]) . (H[m-1] - H[0]) for i < m.  H: (>= m, q); out: (>= m,).  `block` is for the CPU's cache."""
-    launch(_gram_row, (m, 1), stream, device_array(H), m, device_array(out), sums=True)
+def gram_row(H, m, block, work, out, *, stream=0):
+    """out[i] <- (H[i] - H[0]) . (H[m-1] - H[0]) for i < m.  `block` is for the CPU's cache.
+
+    H: (>= m, q); work: (n, >= m) float64, for n shares (512 do); out: (>= m,).
+    """
+    H, work, out = device_array(H), device_array(work), device_array(out)
+    n = min(len(work), covering(H.shape[1]))
+    launch(_row_shares, (-(-m // ROWS), n), stream, H, m, work, sums=True)
+    launch(total, (m, 1), stream, work, n, out, sums=True)
 
 
 def gram(H, out, *, stream=0):
     """out <- Gram matrix of the snapshots minus the first.  H: (m, q); out: (m, m)."""
     H, out = device_array(H), device_array(out)
-    launch(_gram, (covering(len(H) ** 2), 1), stream, H, out)
+    launch(_gram, (len(H), len(H)), stream, H, out, sums=True)
 
 
 def hankel_gram(G, d, out, *, stream=0):
@@ -35,24 +41,34 @@ def combine(c, H, out, *, stream=0):
 
 
 @cuda.jit
-def _gram_row(H, m, out):
-    i, s = cuda.blockIdx.x, float64(0)
-    for j in range(cuda.threadIdx.x, H.shape[1], cuda.blockDim.x):
-        s += (H[i, j] - H[0, j]) * (H[m - 1, j] - H[0, j])
-    s = block_sum(s, cuda.shared.array(0, float64))
+def _row_shares(H, m, work):
+    """work[y, i] <- the share y of product i, for ROWS products i; the last one again where there are fewer."""
+    i = ROWS * cuda.blockIdx.x
+    i1, i2, i3 = min(i + 1, m - 1), min(i + 2, m - 1), min(i + 3, m - 1)
+    s0 = s1 = s2 = s3 = float64(0)
+    for j in range(cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x, H.shape[1], cuda.gridDim.y * cuda.blockDim.x):
+        first = H[0, j]
+        last = H[m - 1, j] - first
+        s0 += (H[i, j] - first) * last
+        s1 += (H[i1, j] - first) * last
+        s2 += (H[i2, j] - first) * last
+        s3 += (H[i3, j] - first) * last
+    shared = cuda.shared.array(0, float64)
+    s0, s1, s2, s3 = block_sum(s0, shared), block_sum(s1, shared), block_sum(s2, shared), block_sum(s3, shared)
     if cuda.threadIdx.x == 0:
-        out[i] = s
+        y = cuda.blockIdx.y
+        work[y, i], work[y, i1], work[y, i2], work[y, i3] = s0, s1, s2, s3
 
 
 @cuda.jit
 def _gram(H, out):
-    m = H.shape[0]
-    for n in range(cuda.grid(1), m * m, cuda.gridsize(1)):
-        i, k = n // m, n % m
-        if k <= i:
-            s = float64(0)
-            for j in range(H.shape[1]):
-                s += (H[i, j] - H[0, j]) * (H[k, j] - H[0, j])
+    """One block a pair of snapshots."""
+    i, k, s = cuda.blockIdx.x, cuda.blockIdx.y, float64(0)
+    if k <= i:  # for all of the block
+        for j in range(cuda.threadIdx.x, H.shape[1], cuda.blockDim.x):
+            s += (H[i, j] - H[0, j]) * (H[k, j] - H[0, j])
+        s = block_sum(s, cuda.shared.array(0, float64))
+        if cuda.threadIdx.x == 0:
             out[i, k] = s
             out[k, i] = s
 

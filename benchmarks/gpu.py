@@ -177,12 +177,13 @@ def launchers(device):
         return lambda: call(device.trajectory.combine, *args)
 
     def gram_row(p, q):
-        H, out, work = (
-            see(random(q, p)),
-            see(random(q)),
-            see(torch.zeros(SHARES, q, device=device.name, dtype=torch.float64)),
-        )
+        work = torch.zeros(SHARES, q, device=device.name, dtype=torch.float64)
+        H, out, work = (see(x) for x in (random(q, p), random(q), work))
         return lambda: call(device.trajectory.gram_row, H, q, 1024, work, out)
+
+    def gram(p, q):
+        H, out = see(random(q, p)), see(random(q, q))
+        return lambda: call(device.trajectory.gram, H, out)
 
     def fused(name):
         k = RULES[name][0].slots
@@ -195,6 +196,7 @@ def launchers(device):
         "scale": (scale, lambda p, q: 2 * p * q, around),
         "combine": (combine, around, around),
         "gram_row": (gram_row, lambda p, q: p * q, around),
+        "gram": (gram, lambda p, q: p * q * (q + 1), around),  # both rows of every pair, and the first from the cache
     }
 
 

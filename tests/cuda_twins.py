@@ -129,6 +129,15 @@ def test_every_other_kernel_at_every_size(q):
     np.testing.assert_array_equal(x.copy_to_host(), 0.7 * H)
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 257])
+def test_hankel_gram_at_every_size(n):
+    G = np.random.default_rng(7).normal(size=(n, n))
+    out = cuda.to_device(np.full((n, n), np.nan))
+    trajectory.hankel_gram(cuda.to_device(G), 1, out)  # of one delay: itself
+    np.testing.assert_array_equal(out.copy_to_host(), G)
+
+
 def projected(p, shares):
     Z, dE = np.random.default_rng(2).normal(size=(2, p)), np.arange(p) / 7
     out = cuda.to_device(np.full(2, np.nan))

@@ -9,7 +9,6 @@ import numpy as np
 
 from ..problem import Array
 from . import stage as stages
-from .basis import Basis, selected
 from .frozen import duals
 from .model import Model
 from .stage import Adjoint, Path, Stage, State
@@ -133,22 +132,19 @@ def backward(model: Model, rolled: Rolled, columns: int, tolerance: float) -> tu
         way = stages.path(stage, model, basis)
         before, optimizer, D = stages.back(stage, model, way, basis, adjoint)
         missed += (way.U @ D[..., -1].ravel()) @ (basis.Q @ stages.mismatch(stage, model, there, gradient))
-        part = thinned(basis, len(stage.basis.Q))
-        coarse = stages.path(stage, model, part)
-        rough, optimizer_fewer, _ = stages.back(stage, model, coarse, part, rough)
+        coarse = stages.thinned(stage, model, way, fewer_columns(len(basis.Q), len(stage.basis.Q)))
+        rough, optimizer_fewer, _ = stages.back(stage, model, coarse, basis, rough)
         loss = stages.mixed(stage, model, way, basis, D, MIXED if tolerance else 0.0) if model.dynamics.loss_names else 0.0
         h, fewer, adjoint, gradient = h + optimizer + loss, fewer + optimizer_fewer + loss, before, stage.gradient
         paths.append(way)
     return h + past(model, adjoint), fewer + past(model, rough), float(missed), paths[::-1]
 
 
-def thinned(basis: Basis, own: int) -> Basis:
-    """The basis without the last quarter of its first `own` columns and of the others, one at least where there are two:
-    what one level less would give."""
-    m = len(basis.Q)
+def fewer_columns(m: int, own: int) -> Array:
+    """Positions of m columns without the last quarter of the first `own` and of the others, one at least where there are
+    two: what one level less would give."""
     kept = lambda n: n - max(n // 4, int(n > 1))
-    keep = np.r_[0 : kept(own), own : own + kept(m - own)]
-    return selected(basis, keep)
+    return np.r_[0 : kept(own), own : own + kept(m - own)]
 
 
 def variance(model: Model, batches: list[Any]) -> Array:

@@ -286,13 +286,8 @@ def speed(at: Coefficients, rate: Array) -> float:
     return float((at.c[RATE] / rate).max() * at.c[KEEP].max() / (1 - at.c[MU].max()))
 
 
-def ceiling(at: Coefficients, small: Small) -> float:
+def ceiling(at: Coefficients, rate: Array, nesterov: bool) -> float:
     """Largest eigenvalue of `T + W` at which the frozen step does not grow."""
     mu = float(at.c[MU].max())
-    gain = float((at.c[RATE] / small.rate).max() * at.c[KEEP].max())
-    return 2 * (1 + mu) / ((1 + 2 * mu if small.nesterov else 1.0) * gain)
-
-
-def floor(at: Coefficients, small: Small, rate: float) -> float:
-    """Negative curvature, as a positive number, at which the frozen step grows by `rate` (its exponent), roughly."""
-    return rate / speed(at, small.rate)
+    gain = float((at.c[RATE] / rate).max() * at.c[KEEP].max())
+    return 2 * (1 + mu) / ((1 + 2 * mu if nesterov else 1.0) * gain)

@@ -17,6 +17,8 @@ FORWARD = 0.6  # share of the columns that the parameters get; the adjoint gets 
 RATIO = 1.6  # of a stage's length to that of the one before, as planned
 GROWTH = (0.5, 2.5)  # bounds of that ratio as the defects ask for it
 MIXED = 1e-2  # share of the mixed derivative's change along a stage that may be left out
+EARLY = 2.0  # times the tolerance may be missed by a stage with others behind it: they begin with the true gradient
+SKETCH = 2  # columns that tell where the middle of the first stage is
 LOOSE = 10.0  # times the tolerance may be missed by the adjoint: what it does to h is smaller
 TRUST = 0.04  # defect of a stage that is as large as it should be
 ASTRAY = 0.1  # defect beyond which a stage is cut short
@@ -58,7 +60,8 @@ def forward(
     model: Model, steps: int, count: int, columns: int, tolerance: float, midpoint: bool, variance: Array | float
 ) -> Rolled:
     """The run, `steps` inner steps ahead, in about `count` stages, twice that at most: a stage that ends where its frozen
-    gradient is far from the true one is cut short, and where it is near the next is longer.
+    gradient is far from the true one is cut short, and where it is near the next is longer.  With a tolerance and
+    `midpoint`, a sketch of its first half tells where the first stage's middle is, and how long the stage may be.
 
     tolerance: share of the change of its gradient that a stage may leave out.
     variance: (p,) of the gradient of one batch around the mean gradient.
@@ -67,10 +70,15 @@ def forward(
     here, bends, defects = state(model), [], []
     out: list[tuple[Stage, Path]] = []
     gradient, ahead, k, left = model.gradient(here.theta, here.t), None, first(steps, count), steps
+    if midpoint and tolerance and count > 1 and k > 1:
+        sketch = stages.begin(here, k // 2, model, gradient, here.theta, SKETCH, tolerance)
+        sketch, way = _trusted(sketch, model, CUTS)[:2]
+        ahead, k = partial(stages.where, sketch, way), 2 * sketch.steps
     while left:
         k = left if len(out) + 1 == 2 * count or 1.25 * k > left else k
         centre = ahead(k // 2) if ahead is not None else here.theta
-        stage = stages.begin(here, k, model, gradient, centre, share, tolerance)
+        loose = tolerance * min(left / k, EARLY)
+        stage = stages.begin(here, k, model, gradient, centre, share, min(loose, 0.9))
         stage, way, there, gradient, (defect, whole) = _trusted(stage, model, CUTS if len(out) + 1 < 2 * count else 0)
         out.append((stage, way))
         ahead = partial(_beyond, stage, way) if midpoint and defect < ASTRAY else None
@@ -144,7 +152,7 @@ def fewer_columns(m: int, own: int) -> Array:
     """Positions of m columns without the last quarter of the first `own` and of the others, one at least where there are
     two: what one level less would give."""
     kept = lambda n: n - max(n // 4, int(n > 1))
-    return np.r_[0 : kept(own), own : own + kept(m - own)]
+    return np.concatenate([np.arange(kept(own)), np.arange(own, own + kept(m - own))])
 
 
 def variance(model: Model, batches: list[Any]) -> Array:

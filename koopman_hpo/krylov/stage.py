@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..optimizers import Rule
 from ..problem import Array
 from . import basis as krylov
 from . import frozen, modal
@@ -47,6 +48,8 @@ class Stage(NamedTuple):
     scale: Array  # (p,) root of rate times preconditioner
     unit: Array  # (p,) of the momentum's coordinates
     rate: Array  # (n,) reference rate
+    speeds: tuple[float, float]  # least and largest `frozen.speed` of its pieces
+    ceiling: float  # the least of theirs
     curvature: Callable[[Array], Array]  # V (n, p) -> (n, p) Hessian products at the centre
     basis: Basis
 
@@ -129,9 +132,8 @@ def thinned(stage: Stage, model: Model, way: Path, keep: Array) -> Path:
 
 def _path(stage: Stage, model: Model, whole: Small, momentum: Array, keep: Array | None = None) -> Path:
     """The way of a small system whose columns are all of the basis, or those to keep; momentum: (m,) in the basis."""
-    ceiling = min(frozen.ceiling(piece.at, whole) for piece in stage.pieces)
-    low = -max(frozen.floor(piece.at, whole, GROWTH / stage.steps) for piece in stage.pieces)
-    total, spectrum, V = krylov.clipped(whole.T, low, SAFETY * ceiling)
+    ceiling, (slow, _) = stage.ceiling, stage.speeds
+    total, spectrum, V = krylov.clipped(whole.T, -GROWTH / stage.steps / slow, SAFETY * ceiling)
     decay = stage.pieces[0].at.c[frozen.WD] * stage.rate
     apart = model.dynamics.rule.name == "sgd" and len(stage.rate) == 1 and not model.dynamics.loss_names
     if apart:
@@ -154,14 +156,18 @@ def _path(stage: Stage, model: Model, whole: Small, momentum: Array, keep: Array
 
 def _coordinates(small: Small, U: Array, x: Array, w: Array, one: float) -> Array:
     """(..., 2r + 1) of x and w (m,) in the basis."""
-    x, w = ((a @ U).reshape(small.b.shape) for a in (x, w))
-    return np.concatenate([x, w, np.full((*x.shape[:-1], 1), one)], axis=-1)
+    shape, r = small.b.shape, small.b.shape[-1]
+    y = np.empty((*shape[:-1], 2 * r + 1))
+    y[..., :r], y[..., r : 2 * r], y[..., 2 * r] = (x @ U).reshape(shape), (w @ U).reshape(shape), one
+    return y
 
 
 def _in_basis(way: Path, y: Array) -> Array:
     """x and w (2, m) in the basis, of coordinates (..., 2r + 1)."""
     r = way.small.b.shape[-1]
-    return np.stack([y[..., :r].ravel(), y[..., r : 2 * r].ravel()]) @ way.U.T
+    xw = np.empty((2, way.U.shape[1]))
+    xw[0], xw[1] = y[..., :r].ravel(), y[..., r : 2 * r].ravel()
+    return xw @ way.U.T
 
 
 def back(stage: Stage, model: Model, way: Path, basis: Basis, adjoint: Adjoint) -> tuple[Adjoint, Array, Array]:
@@ -219,7 +225,8 @@ def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array
     unit = D / scale if dynamics.rule.name == "rmsprop" else 1 / scale
     middle = start.t + steps // 2
     curvature, nothing = model.curvature(centre, middle, tolerance > 0), krylov.empty(start.theta.size)
-    stage = Stage(start, steps, parts, gradient, centre, middle, D, scale, unit, rate, curvature, nothing)
+    limits = _limits(parts, rate, dynamics.rule)
+    stage = Stage(start, steps, parts, gradient, centre, middle, D, scale, unit, rate, *limits, curvature, nothing)
     force = scale * (gradient + spread(parts[0].at.c[frozen.WD], model) * start.theta)
     starts = [force, start.theta / scale] if parts[0].at.c[frozen.DECAY].any() else [force]
     return stage._replace(basis=_grown(stage, model, np.array(starts), start.momentum / unit, columns, tolerance))
@@ -228,14 +235,22 @@ def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array
 def shorter(stage: Stage, model: Model, steps: int) -> Stage:
     """The same stage, ended earlier."""
     parts = model.pieces(stage.start.t, steps)
-    return stage._replace(steps=steps, pieces=parts)
+    speeds, ceiling = _limits(parts, stage.rate, model.dynamics.rule)
+    return stage._replace(steps=steps, pieces=parts, speeds=speeds, ceiling=ceiling)
+
+
+def _limits(parts: list[Piece], rate: Array, rule: Rule) -> tuple[tuple[float, float], float]:
+    """A stage's `speeds` and `ceiling`."""
+    speeds = [frozen.speed(piece.at, rate) for piece in parts]
+    nesterov = rule.name == "sgd" and rule.flag
+    return (min(speeds), max(speeds)), min(frozen.ceiling(piece.at, rate, nesterov) for piece in parts)
 
 
 def _grown(stage: Stage, model: Model, starts: Array, momentum: Array, columns: int, tolerance: float) -> Basis:
     """The stage's basis and the Krylov space of `starts` (n, p): at most so many columns more, and no more than it takes to
     leave out less than `tolerance` of what the first of them becomes in the stage; then, likewise, of the momentum, where
     the way that it goes by itself is more than that beside the way of the first."""
-    speed = max(frozen.speed(piece.at, stage.rate) for piece in stage.pieces)
+    speed = stage.speeds[1]
     product, own = operator(stage, model), len(stage.basis.Q)
     basis = krylov.grow(stage.basis, starts, product, columns, stage.steps * speed, tolerance)
     way = np.linalg.norm(krylov.flown(basis.T, basis.Q @ starts[0], stage.steps * speed))
@@ -252,9 +267,13 @@ def grown(stage: Stage, model: Model, adjoint: Adjoint, columns: int, tolerance:
 def defect(stage: Stage, way: Path, gradient: Array) -> tuple[float, float]:
     """How far the frozen gradient at the stage's end is from the true one (p,) there, relative to that at its start: within
     the basis, what the curvature has changed; and in the whole space, with what the columns leave out."""
-    Q, change = stage.basis.Q, _unforeseen(stage, way, gradient)
-    size = np.maximum([np.linalg.norm(way.small.b), np.linalg.norm(stage.scale * stage.gradient)], 1e-300)
-    return float(np.linalg.norm(Q @ change) / size[0]), float(np.linalg.norm(change) / size[1])
+    Q, change, force = stage.basis.Q, _unforeseen(stage, way, gradient), stage.scale * stage.gradient
+    sizes = max(_length(way.small.b.ravel()), 1e-300), max(_length(force), 1e-300)
+    return _length(Q @ change) / sizes[0], _length(change) / sizes[1]
+
+
+def _length(v: Array) -> float:
+    return float(np.sqrt(v @ v))
 
 
 def _unforeseen(stage: Stage, way: Path, gradient: Array) -> Array:

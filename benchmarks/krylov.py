@@ -200,7 +200,12 @@ def show(found: dict[str, dict[str, Any]]) -> None:
             f"{s['sign']['krylov']:8.2f} {s['sign']['constant'] or np.nan:8.2f} {s['wins_against_affine']:8.2f} "
             f"{s['accepted']:8.2f} {accepted:8.4f} {s['covered_twice']:8.2f} {s['cost_in_windows']:8.2f}"
         )
-    print(f"\n{'':26} expected: {'error':>8} {'sign':>8}  of expected: {'krylov':>8} {'last':>8} {'sign':>8} {'last':>8}")
+    if any("expected" in s for s in found.values()):
+        heads = ("krylov", "last", "sign", "last")
+        print(
+            f"\n{'expected from other orders':36} {'error':>8} {'sign':>8} {'off it:':>13}"
+            + " ".join(f"{h:>8}" for h in heads)
+        )
     for name, s in found.items():
         if "expected" in s:
             e, of, sign = s["expected"], s["error_of_expected"], s["sign_of_expected"]

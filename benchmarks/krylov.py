@@ -201,11 +201,8 @@ def show(found: dict[str, dict[str, Any]]) -> None:
             f"{s['accepted']:8.2f} {accepted:8.4f} {s['covered_twice']:8.2f} {s['cost_in_windows']:8.2f}"
         )
     if any("expected" in s for s in found.values()):
-        heads = ("krylov", "last", "sign", "last")
-        print(
-            f"\n{'expected from other orders':36} {'error':>8} {'sign':>8} {'off it:':>13}"
-            + " ".join(f"{h:>8}" for h in heads)
-        )
+        heads = " ".join(f"{h:>8}" for h in ("krylov", "last", "sign", "last"))
+        print(f"\n{'expected from other orders':36} {'error':>8} {'sign':>8} {'off it:':>13}" + heads)
     for name, s in found.items():
         if "expected" in s:
             e, of, sign = s["expected"], s["error_of_expected"], s["sign_of_expected"]

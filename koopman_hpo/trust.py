@@ -95,7 +95,7 @@ class Horizon:
             params = found.params.astype(params.dtype)
             end["theta"] = params
         missed = MENDED * abs(found.missed)
-        share = sum(found.bends) + (LOOSE * tolerance if found.bends else 0.0)
+        share = sum(found.bends) + (LOOSE * tolerance if found.hvps and found.bends else 0.0)
         away = share * np.sqrt(np.mean(found.estimate**2))
         error = np.full(phi.size, np.hypot(away, missed))  # moving phi by one may change what is missed by as much
         rest = (params, trouble, found.reason, end, tolerance, stages)

@@ -77,15 +77,15 @@ def forward(
     while left:
         k = left if len(out) + 1 == 2 * count or 1.25 * k > left else k
         centre = ahead(k // 2) if ahead is not None else here.theta
-        loose = tolerance * min(left / k, EARLY)
-        stage = stages.begin(here, k, model, gradient, centre, share, min(loose, 0.9))
+        loose = min(left / k, EARLY)
+        stage = stages.begin(here, k, model, gradient, centre, share, min(loose * tolerance, 0.9))
         stage, way, there, gradient, (defect, whole) = _trusted(stage, model, CUTS if len(out) + 1 < 2 * count else 0)
         out.append((stage, way))
         ahead = partial(_beyond, stage, way) if midpoint and defect < ASTRAY else None
         here = squared(stage, there, gradient, model, variance)
         moved = stages.moved(stage, here, model)
         bends.append(defect + moved)
-        defects.append(max(defect, whole) + moved)
+        defects.append(defect + max(whole - defect, 0.0) / loose + moved)
         left -= stage.steps
         k = max(1, int(stage.steps * np.clip(np.sqrt(TRUST / max(defect, 1e-12)), *GROWTH)))
     return Rolled(out, bends, defects, here, gradient)

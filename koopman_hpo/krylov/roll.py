@@ -85,7 +85,8 @@ def forward(
         here = squared(stage, there, gradient, model, variance)
         moved = stages.moved(stage, here, model)
         bends.append(defect + moved)
-        defects.append(defect + max(whole - defect, 0.0) / loose + moved)
+        missed = max(whole - defect, 0.0)  # it moves the preconditioner too, where there is one
+        defects.append(defect + (missed / loose if here.square is None else missed) + moved)
         left -= stage.steps
         k = max(1, int(stage.steps * np.clip(np.sqrt(TRUST / max(defect, 1e-12)), *GROWTH)))
     return Rolled(out, bends, defects, here, gradient)

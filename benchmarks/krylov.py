@@ -1,12 +1,16 @@
 """The model-based operator against the exact hypergradient at the horizon, affine DMD, and the window's last value.
 
-    python benchmarks/krylov.py [--groups full mini noisy adam kmnist cnn] [--data DIR] [--output FILE] [--image FILE]
+    python benchmarks/krylov.py [--groups full mini noisy adam kmnist cnn] [--orders N] [--add] [--data DIR] [--output FILE]
+        [--image FILE]
 
 A window is 50 inner steps after 0, 100 or 400 of plain training, its tangents begun anew; the horizon is step 1,000; the
 truth is the same run's hypergradient there.  Digits: softmax regression and an MLP 64-32-10, 800 training and 500
 validation images, three learning rates, three seeds.  Groups: full batch; batches of 32; the same with 20 % random labels;
 Adam, full batch and batches of 32; KMNIST pooled to 14x14, MLP 196-64-10, batches of 64; MNIST
 likewise, a LeNet in JAX, batches of 50.
+
+The truth of mini-batches is that of one order of the batches, which no forecast knows: with --orders N, "expected" is the
+mean of the exact hypergradients of N other orders, from the window's end on.
 
 Errors are norms relative to the truth's; "constant" is the control, one direction for all windows of a group, made from the
 true ones of its other runs.  One thread; cost is the median of calls that alternate with the window's own 50
@@ -25,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from koopman import cpu, on_one_thread, versions
-from study.problems import NEEDS_DATA, Case, Started, start
+from study.problems import NEEDS_DATA, Case, Started, feed, start
 
 from koopman_hpo import koopman
 from koopman_hpo.krylov import estimate
@@ -33,6 +37,7 @@ from koopman_hpo.krylov import estimate
 WINDOW, HORIZON, STARTS, SEEDS = 50, 1000, (0, 100, 400), (0, 1, 2)
 GROUPS = ("full", "mini", "noisy", "adam", "kmnist", "cnn")
 ROUNDS = 3
+OTHERS = 10**6  # seed of the first of the other orders
 
 
 def plan(group: str) -> list[Case]:
@@ -48,12 +53,14 @@ def plan(group: str) -> list[Case]:
     return [Case(m, lr, s, size, noise) for m in ("softmax", "mlp") for lr in (0.003, 0.02, 0.1) for s in SEEDS]
 
 
-def windows(group: str, case: Case, folder: pathlib.Path | None, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+def windows(
+    group: str, case: Case, folder: pathlib.Path | None, rounds: int = ROUNDS, orders: int = 0
+) -> list[dict[str, Any]]:
     """Each window's truth, its estimates, and their cost."""
-    return [{"group": group} | one(case, begun, start(case, folder), rounds) for begun in STARTS]
+    return [{"group": group} | one(case, begun, start(case, folder), rounds, orders) for begun in STARTS]
 
 
-def one(case: Case, begun: int, s: Started, rounds: int) -> dict[str, Any]:
+def one(case: Case, begun: int, s: Started, rounds: int, orders: int) -> dict[str, Any]:
     r, batch = s.run, s.batch
     phi, ahead = r.space.phi0, HORIZON - WINDOW - begun
     for t in range(begun):
@@ -72,16 +79,17 @@ def one(case: Case, begun: int, s: Started, rounds: int) -> dict[str, Any]:
         found = estimate(r, s.train, s.val, ahead, **noise)
         took["krylov"].append(time.perf_counter() - clock)
     plain = estimate(r, s.train, s.val, ahead, stages=6) if "noise" in noise else found
-    for t in range(begun + WINDOW, HORIZON):
-        r.step(phi, batch(t))
+    here = r.snapshot()
+    others = [feed(s.train, case.size, OTHERS + k) for k in range(orders if case.size is not None else 0)]
+    true, *every = (end(r, here, order, begun, s) for order in (batch, *others))
     values = {
-        "true": r.hypergradient(s.val).grad,
+        "true": true,
         "krylov": found.estimate,
         "plain": plain.estimate,
         "aged": koopman.extrapolate(H, ahead, age=(begun + 1, 1)).value,
         "affine": koopman.extrapolate(H, ahead, method="affine", gate=np.inf).value,
         "last": H[-1],
-    }
+    } | ({"expected": np.mean(every, axis=0)} if every else {})
     return (
         asdict(case)
         | {name: value.tolist() for name, value in values.items()}
@@ -97,6 +105,14 @@ def one(case: Case, begun: int, s: Started, rounds: int) -> dict[str, Any]:
     )
 
 
+def end(run: Any, here: dict[str, Any], batch: Any, begun: int, s: Started) -> np.ndarray:
+    """(q,) the exact hypergradient at the horizon, from a window's end, with batches in some order."""
+    run.restore(here)
+    for t in range(begun + WINDOW, HORIZON):
+        run.step(run.space.phi0, batch(t))
+    return run.hypergradient(s.val).grad
+
+
 METHODS = ("krylov", "plain", "aged", "affine", "last")
 
 
@@ -109,6 +125,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     taken = np.array([row["accepted"] for row in rows])
     doubt = np.array([row["deviation"] for row in rows])
     share = lambda x: float(np.mean(x)) if np.size(x) else None
+    known = {} if "expected" not in rows[0] else against_expected(rows, true)
     middle = lambda x: float(np.median(x)) if len(x) else None
     return {
         "windows": len(rows),
@@ -126,6 +143,19 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "covered_twice": share(error["krylov"] < 2 * doubt),
         "cost_in_windows": middle([row["cost"] for row in rows]),
         "hvps": middle([row["hvps"] for row in rows]),
+    } | known
+
+
+def against_expected(rows: list[dict[str, Any]], true: np.ndarray) -> dict[str, Any]:
+    """How far the mean over other orders of the batches is from the truth, and methods from that mean."""
+    mean = np.array([row["expected"] for row in rows])
+    off = lambda x, y: float(np.median(np.linalg.norm(x - y, axis=1) / np.linalg.norm(y, axis=1)))
+    same = lambda x, y: float(np.mean(np.sign(x) == np.sign(y)))
+    method = {m: np.array([row[m] for row in rows]) for m in ("krylov", "last")}
+    return {
+        "expected": {"error": off(mean, true), "sign": same(mean, true)},
+        "error_of_expected": {m: off(x, mean) for m, x in method.items()},
+        "sign_of_expected": {m: same(x, mean) for m, x in method.items()},
     }
 
 
@@ -149,6 +179,7 @@ def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         batch = "full batch" if row["size"] is None else f"batch {row['size']}"
         group = f"{row['group']}, {batch}" if row["group"] == "adam" else row["group"]
         for name in (
+            *(["mini and noisy"] if group in ("mini", "noisy") else []),
             group,
             f"{group}: {row['problem']}",
             f"{group}: lr {row['lr']:g}",
@@ -169,6 +200,14 @@ def show(found: dict[str, dict[str, Any]]) -> None:
             f"{s['sign']['krylov']:8.2f} {s['sign']['constant'] or np.nan:8.2f} {s['wins_against_affine']:8.2f} "
             f"{s['accepted']:8.2f} {accepted:8.4f} {s['covered_twice']:8.2f} {s['cost_in_windows']:8.2f}"
         )
+    if any("expected" in s for s in found.values()):
+        heads = " ".join(f"{h:>8}" for h in ("krylov", "last", "sign", "last"))
+        print(f"\n{'expected from other orders':36} {'error':>8} {'sign':>8} {'off it:':>13}" + heads)
+    for name, s in found.items():
+        if "expected" in s:
+            e, of, sign = s["expected"], s["error_of_expected"], s["sign_of_expected"]
+            numbers = (of["krylov"], of["last"], sign["krylov"], sign["last"])
+            print(f"{name:36} {e['error']:8.4f} {e['sign']:8.2f} {'':13}" + " ".join(f"{x:8.3f}" for x in numbers))
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -204,18 +243,23 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, help="folder with the test sets of KMNIST (.npz) and MNIST (.gz)")
     parser.add_argument("--output", type=pathlib.Path, default=here / "results" / "krylov.json")
     parser.add_argument("--image", type=pathlib.Path, help="where to draw the figure of docs/krylov.md")
+    parser.add_argument("--add", action="store_true", help="keep what the output has of other groups")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer for a quick look")
+    parser.add_argument("--orders", type=int, default=0, help="other orders of the batches, for what can be expected")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each measurement of the cost")
     arguments = parser.parse_args()
     if arguments.data is None and NEEDS_DATA & set(arguments.groups):
         parser.error(f"{' and '.join(sorted(NEEDS_DATA))} need --data")
     rows: list[dict[str, Any]] = []
+    if arguments.add:
+        kept = json.loads(arguments.output.read_text())["rows"]
+        rows += [row for row in kept if row["group"] not in arguments.groups]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for group in arguments.groups:
             for run in plan(group):
                 if run.seed < arguments.seeds:
-                    rows += windows(group, run, arguments.data, arguments.rounds)
+                    rows += windows(group, run, arguments.data, arguments.rounds, arguments.orders)
     found = table(rows)
     show(found)
     record = {"cpu": cpu(), "versions": versions(), "window": WINDOW, "horizon": HORIZON, "table": found, "rows": rows}

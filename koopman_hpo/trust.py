@@ -19,6 +19,7 @@ from .engine import CoreInner
 from .errors import HyperparameterError, flag, number, whole
 from .guard import Guard
 from .history import History, Record
+from .krylov.reverse import PRICE
 from .krylov.roll import LOOSE
 from .problem import Array
 
@@ -33,6 +34,7 @@ SETTLED = 0.25  # part of what `tol` asks of the slope that the best step's prom
 ASTRAY = 1.0  # error of h, relative to h, at which training must go on
 PATIENCE = 10  # starts that may be given up
 LASTING = frozenset({"weight_decay"})  # the optimizers' hyperparameters that matter however long a run is
+PASSING = 1.0  # the longest step in the coordinates of the others: training far from what is known is seen badly
 
 
 class Minimum(NamedTuple):
@@ -74,6 +76,7 @@ class Horizon:
         self.run, self.train, self.val = run, train, val
         self.steps, self.warm, self.window, self.columns = steps, warm, window, columns
         self.cost = self.taken = 0
+        self.exact = False  # whether predictions have come to cost more than the whole run and back
         run.forget(0)
         self.start = run.snapshot()
 
@@ -84,23 +87,32 @@ class Horizon:
         run.restore((after.end if self.warm and after is not None else self.start) | {"phi": phi})
         for _ in range(window):
             run.step(phi, self.train, tangents=not self.warm)
-        found = krylov.estimate(
-            run, self.train, self.val, self.steps - window, columns=self.columns, stages=stages, tolerance=tolerance
-        )
-        q = run.space.q
         self.taken += window
-        self.cost += window * (1 if self.warm else 1 + q)
-        self.cost += found.gradients + found.hvps + found.outers + q * found.mixed
+        self.cost += window * (1 if self.warm else 1 + run.space.q)
+        found = self.predicted(self.steps - window, stages, tolerance)
         trouble, end, params = _trouble(found), run.snapshot(), run.params
         if found.params is not None and not trouble:
             params = found.params.astype(params.dtype)
             end["theta"] = params
         missed = MENDED * abs(found.missed)
-        share = sum(found.bends) + (LOOSE * tolerance if found.hvps else 0.0)
+        share = sum(found.bends) + (LOOSE * tolerance if found.hvps and found.bends else 0.0)
         away = share * np.sqrt(np.mean(found.estimate**2))
-        error = np.full(q, np.hypot(away, missed))  # moving phi by one may change what is missed by as much
+        error = np.full(phi.size, np.hypot(away, missed))  # moving phi by one may change what is missed by as much
         rest = (params, trouble, found.reason, end, tolerance, stages)
         return Look(phi, found.outer_loss, missed, found.estimate, error, found.deviation, *rest)
+
+    def predicted(self, ahead: int, stages: int, tolerance: float) -> krylov.Forecast:
+        """The run some steps ahead: exactly, once that costs no more than the prediction before did."""
+        given = self.run, self.train, self.val, ahead
+        found = krylov.exactly(*given) if self.exact else None
+        if found is not None:
+            self.cost += PRICE * ahead + found.outers
+            return found
+        found = krylov.estimate(*given, columns=self.columns, stages=stages, tolerance=tolerance)
+        cost = found.gradients + found.hvps + found.outers + self.run.space.q * found.mixed
+        self.exact = not self.warm and cost > PRICE * ahead
+        self.cost += cost
+        return found
 
     def closer(self, look: Look) -> Look:
         """The same phi with smaller errors: a warm run from where the look ended, trained on if h is astray; any other in
@@ -154,7 +166,8 @@ def minimise(
 
     A look at phi predicts the loss, its hypergradient and their errors.  A step that is worse than promised is not taken
     and the radius shrinks; so it does where a look is not finite or training would grow, which is recorded as refused.  A
-    start that is refused is given up for one with smaller step sizes (`Guard().shrunk`).
+    start that is refused is given up for one with smaller step sizes (`Guard().shrunk`).  Where a prediction from the start
+    has cost more than all steps and their way back (sgd, nothing tuned in the loss), those are taken from then on: exact.
 
     Args:
       run: a run of the core at its start: sgd, adam, adamw or rmsprop on a `Problem`.
@@ -175,8 +188,8 @@ def minimise(
 
     Returns:
       `Minimum`.  Its cost counts a gradient, an outer gradient and a Hessian-vector product as one, a mixed derivative as
-      q, and an inner step as one, with tangents as 1 + q.  In its history `step` is the cost so far, `move` the step of
-      phi (zero if not taken), `reason` holds promised and actual decrease.
+      q, and an inner step as one, with tangents as 1 + q, there and back as 3.  In its history `step` is the cost so far,
+      `move` the step of phi (zero if not taken), `reason` holds promised and actual decrease.
 
     Raises:
       AdapterError: the run has no frozen step.
@@ -208,7 +221,7 @@ def minimise(
 def _check_space(call: str, run: CoreInner, warm: bool) -> None:
     if run.directions is not None:
         raise HyperparameterError(f"{call}: the run follows random directions. Make it with directions=None.")
-    passing = [name for name in run.space if name in run.rule.defaults and name not in LASTING]
+    passing = _passing(run)
     if warm and (passing or run.space.scheduled):
         what = f"{passing[0]!r} does not matter" if passing else "a schedule is over"
         raise HyperparameterError(
@@ -216,12 +229,21 @@ def _check_space(call: str, run: CoreInner, warm: bool) -> None:
         )
 
 
+def _passing(run: CoreInner) -> list[str]:
+    """Hyperparameters that do not matter once training has converged."""
+    return [name for name in run.space if name in run.rule.defaults and name not in LASTING]
+
+
 class _Search:
     """The steps of phi, and their record."""
 
     def __init__(self, horizon: Horizon, looks: int):
         self.horizon, self.looks = horizon, looks
-        self.history = History(horizon.run.space.labels, horizon.run.space.transforms)
+        space = horizon.run.space
+        self.longest = np.full(space.q, LONGEST)  # of a step, in every coordinate
+        for name in _passing(horizon.run):
+            self.longest[space.where(name)] = PASSING
+        self.history = History(space.labels, space.transforms)
 
     def note(self, look: Look, event: str, reason: str, move: Array | None = None) -> None:
         """A record of a look; `move` (q,) if phi goes there."""
@@ -274,7 +296,8 @@ class _Search:
             if len(self.history) >= self.looks:
                 return here, f"stopped: {self.looks} looks"
             B = np.eye(space.q) * np.abs(here.h).max() / radius if curvature is None else curvature.get_matrix()
-            s, promised = propose(B, here.h, np.maximum(low, -radius), np.minimum(high, radius))
+            reaches = np.minimum(radius, self.longest)
+            s, promised = propose(B, here.h, np.maximum(low, -reaches), np.minimum(high, reaches))
             doubt = float(np.linalg.norm(here.error * s)) + here.doubt
             if promised + doubt <= SETTLED * enough and np.abs(s).max() < radius:
                 return here, f"converged: the best step promises {promised:.2g} of {here.value:.6g}, doubt {doubt:.2g}"

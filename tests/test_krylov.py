@@ -8,7 +8,7 @@ import toys
 from koopman_hpo_adapters.numpy import mlp, softmax_regression
 
 from koopman_hpo import AdapterError, HyperparameterError, Problem, ShapeError, Space, inner, log, logit
-from koopman_hpo.krylov import Forecast, estimate
+from koopman_hpo.krylov import Forecast, estimate, roll
 from koopman_hpo.krylov.frozen import Coefficients, Small, along, sensitivity, step
 from koopman_hpo.krylov.noise import covariance
 
@@ -320,6 +320,27 @@ def test_stages_are_cut_where_the_frozen_gradient_goes_astray_and_stretched_wher
     assert len(found.stages) <= 4
     calm = estimate(after(VARIANTS["lr"](), 20), None, None, 400, stages=5)
     assert len(calm.stages) < 5
+
+
+def test_the_first_stage_too_has_its_hessian_in_its_middle():
+    for seed in range(3):
+        run, train, val = network(seed=seed, lr=log(0.02), momentum=logit(0.9))
+        after(run, 100, train)
+        at_start, at_middle = (estimate(run, train, val, 300, midpoint=m) for m in (False, True))
+        assert at_middle.stages[0] >= at_start.stages[0]
+        assert at_middle.bends[0] < 0.5 * at_start.bends[0]
+
+
+def test_a_stage_with_others_behind_it_may_leave_out_more(monkeypatch):
+    draw, p = np.random.default_rng(5), 80
+    stiff = toys.quadratic(toys.spd(draw, p, 1e-3, 2.0), draw.normal(size=p), draw.normal(size=p), target=np.ones(p))
+    run = after(inner.sgd(stiff, Space(lr=log(0.1), **momentum)), 20)
+    found = estimate(run, None, None, 400, columns=60)
+    monkeypatch.setattr(roll, "EARLY", 1.0)
+    every, want = estimate(run, None, None, 400, columns=60), rest(run, 400)
+    assert found.basis[0] < every.basis[0]
+    assert found.deviation < 1.6 * every.deviation  # what it leaves out counts for as much less
+    assert apart(found.estimate, want) < 1e-3
 
 
 def test_says_what_it_did_and_moves_nothing():

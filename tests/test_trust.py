@@ -310,6 +310,34 @@ def test_refuses_runs_it_cannot_predict():
         tuned(schedule)
 
 
+def test_a_look_costs_no_more_than_all_steps_and_back(monkeypatch):
+    """Of few steps all are taken where a prediction has cost more than that, and h is exact from then on."""
+    space = Space(lr=log(0.05, bounds=(1e-3, 0.2)), weight_decay=log(0.1, bounds=(LOW, HIGH)))
+    run = inner.sgd(ridge(), space, momentum=0.5)
+    asked = []
+    truly = trust.krylov.exactly
+    monkeypatch.setattr(trust.krylov, "exactly", lambda *a: asked.append(a[-1]) or truly(*a))
+    found = tuned(run, steps=10, warm=False)
+    costs = np.diff([0, *found.history.step])
+    assert asked == [10] * (len(costs) - 1)
+    np.testing.assert_array_equal(costs[1:], 3 * 10 + 1)
+    assert costs[0] > 3 * 10
+    assert not found.error.any()
+    assert "converged" in found.reason
+    asked.clear()
+    tuned(run, steps=1000, warm=False, looks=5)
+    assert not asked
+
+
+def test_steps_of_what_fades_with_training_are_shorter(monkeypatch):
+    """A loss that falls for ever: the box grows, but not in lr."""
+    boxes, truly = [], trust.propose
+    monkeypatch.setattr(trust, "propose", lambda B, h, low, high: boxes.append(high - low) or truly(B, h, low, high))
+    space = Space(lr=log(1e-5, bounds=(1e-9, 1e-1)), weight_decay=log(1e-2, bounds=(1e-9, 1e2)))
+    tuned(inner.sgd(ridge(), space, momentum=0.5), steps=30, warm=False, looks=6)
+    np.testing.assert_allclose(np.max(boxes, axis=0), [2 * trust.PASSING, 2 * trust.LONGEST])
+
+
 # -- what the estimate must tell ------------------------------------------------------------------------------------
 
 

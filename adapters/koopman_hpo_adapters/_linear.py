@@ -39,9 +39,9 @@ def size(network: Any, n: int) -> int:
     return n * (network.layers[0].shape[0] + 7 * sum(layer.outputs for layer in network.layers))
 
 
-def linearise(network: Any, theta: Any, X: Any, y: Any, terms: Any, g: Any) -> tuple[int, Kept]:
-    """g (p,) <- the gradient of `sum_i weight_i loss_i`, in theta's dtype; returns -1 or the first label that is no class,
-    and what `push` needs."""
+def linearise(network: Any, theta: Any, X: Any, y: Any, terms: Any) -> tuple[int, Any, Kept]:
+    """-1 or the first label that is no class; of the first layer's gradient one column (inputs + bias,), which is finite
+    where the batch is; and what `push` needs, in theta's dtype."""
     n, layers, dtype = len(X), network.layers, theta.dtype
     H, A, slope = [_inputs(n, layers[0], dtype)], [], []
     H[0][:, : layers[0].inputs] = X
@@ -56,14 +56,12 @@ def linearise(network: Any, theta: Any, X: Any, y: Any, terms: Any, g: Any) -> t
     _, bad = network.loss.value(A[-1], y, terms.smoothing, terms.weight, residual)
     D: list[Any] = [residual.D]
     bend: list[Any] = []
-    for l in range(len(W) - 1, -1, -1):
-        layers[l].of(g)[...] = H[l].T @ D[0]
-        if l > 0:
-            above = D[0] @ W[l][: layers[l].inputs].T
-            bend.insert(0, _bend(network.activation, A[l - 1], H[l], slope[l - 1], above))
-            D.insert(0, slope[l - 1] * above)
+    for l in range(len(W) - 1, 0, -1):
+        above = D[0] @ W[l][: layers[l].inputs].T
+        bend.insert(0, _bend(network.activation, A[l - 1], H[l], slope[l - 1], above))
+        D.insert(0, slope[l - 1] * above)
     square = [np.empty((layer.inputs, layer.outputs), dtype) for layer in layers]
-    return bad, Kept(W, H, D, slope, bend, residual, _like(A), _like(A[:-1]), _like(A), square)
+    return bad, H[0].T @ D[0][:, 0], Kept(W, H, D, slope, bend, residual, _like(A), _like(A[:-1]), _like(A), square)
 
 
 def _like(arrays: list[Any]) -> list[Any]:

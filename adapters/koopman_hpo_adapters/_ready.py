@@ -60,14 +60,15 @@ class Ready:
         if _linear.size(self.network, len(y)) > MOST_KEPT:
             return lambda Z, dhyper: self.grad_jvp(theta, hyper, Z, dhyper, batch)[2]
         dtype = np.dtype(np.float32) if rough else theta.dtype
-        terms, g = self.settings.terms(hyper, {}, 0, y, index).of(dtype), np.empty(theta.shape, dtype)
+        terms = self.settings.terms(hyper, {}, 0, y, index).of(dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            bad, kept = _linear.linearise(self.network, theta.astype(dtype), X, y, terms, g)
-        self._verify("linearise", g, X, y, bad, 0)
+            bad, first, kept = _linear.linearise(self.network, theta.astype(dtype), X, y, terms)
+        self._verify("linearise", first, X, y, bad, 0)
 
         def push(Z, dhyper):
             q = self._flat("linearise", theta, Z)
-            along, dG = self.settings.terms(hyper, dhyper, q, y, index).of(dtype), np.empty(Z.shape, dtype)
+            along = self.settings.terms(hyper, dhyper, q, y, index).of(dtype) if dhyper else terms
+            dG = np.empty(Z.shape, dtype)
             with np.errstate(over="ignore", invalid="ignore"):
                 for j, (z, out) in enumerate(zip(Z.astype(dtype, copy=False), dG, strict=True)):
                     _linear.push(self.network, kept, z, y, along.block(slice(None), slice(j, j + 1)), out)
@@ -83,14 +84,14 @@ class Ready:
         g, dG = np.empty(theta.shape, theta.dtype), np.empty(Z.shape, Z.dtype)
         if len(y) <= ROWS and len(Z) <= CHUNK:
             loss, bad = self.network.gradient(theta, Z, X, y, terms, g, dG)
-            self._verify(call, g, X, y, bad, 0)
+            self._verify(call, self._first(g), X, y, bad, 0)
             return loss, g, dG
         total, sum_g, sum_dG = 0.0, np.zeros_like(g), np.zeros_like(dG)
         for rows in _slices(len(y), ROWS):
             for part in _slices(max(len(Z), 1), CHUNK):
                 block = terms.block(rows, part)
                 loss, bad = self.network.gradient(theta, Z[part], X[rows], y[rows], block, g, dG[part])
-                self._verify(call, g, X, y, bad, rows.start)
+                self._verify(call, self._first(g), X, y, bad, rows.start)
                 sum_dG[part] += dG[part]
             total += loss
             sum_g += g
@@ -185,8 +186,12 @@ class Ready:
             )
         return X
 
-    def _verify(self, call, g, X, y, bad, start):
-        """Raises on a label that is no class, and where X or y is not finite.
+    def _first(self, g):
+        """(inputs + bias,): the first column of the first layer's part of g (p,)."""
+        return g[self.network.layers[0].where][:: self.network.layers[0].outputs]
+
+    def _verify(self, call, first, X, y, bad, start):
+        """Raises on a label that is no class, and where X or y is not finite, as `_first` of a gradient tells.
 
         A NaN or inf in X makes the first layer's gradient `X' D` non-finite in every column, whatever the rest (NaN and
         inf times zero are NaN too), so a batch needs to be searched only where the first column is.  Parameters that
@@ -194,7 +199,6 @@ class Ready:
         """
         if bad >= 0:
             self._no_class(call, y, start + bad)
-        first = g[self.network.layers[0].where][:: self.network.layers[0].outputs]
         if math.isfinite(first @ first):
             return
         for name, array in (("X", X), ("y", y)):

@@ -12,7 +12,7 @@ from .. import koopman
 from ..engine import CoreInner
 from ..errors import AdapterError, ShapeError, choice, flag, number, whole
 from ..problem import Array
-from . import frozen, noise, roll
+from . import frozen, noise, reverse, roll
 from .model import Model
 
 GATE = 0.5  # accepted if the error is below this part of the value
@@ -156,6 +156,26 @@ def estimate(
             return _rolled(model, plan, steps, now)
         except np.linalg.LinAlgError as problem:
             return _current(now, False, f"last value: the frozen run cannot be rolled ({problem})")
+
+
+def exactly(inner: CoreInner, train_batch: Any, val_batch: Any, steps: int) -> Forecast | None:
+    """The same by taking all steps, for real and back: no error, and a cost of `reverse.PRICE` gradients a step; None where
+    that cannot be done."""
+    model = Model(inner.dynamics(), inner.space, train_batch, train_batch, val_batch)
+    if steps == 0 or not reverse.can(model, steps):
+        return None
+    with np.errstate(all="ignore"):
+        h, end = reverse.hypergradient(model, steps)
+    return replace(
+        _current(h, True, "all steps taken, and back"),
+        method="reverse",
+        stages=(steps,),
+        hvps=model.hvps,
+        gradients=model.gradients,
+        outers=model.outers,
+        outer_loss=model.outer_loss,
+        params=end,
+    )
 
 
 def check_run(call: str, inner: Any) -> None:

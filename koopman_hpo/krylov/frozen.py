@@ -128,6 +128,8 @@ def _between(a: Coefficients, b: Coefficients) -> Coefficients:
 def pieces(at: Callable[[int], Coefficients], space: Space, rule: Rule, t: int, steps: int) -> list[Piece]:
     """Steps t to t + steps in runs of equal coefficients `at` a step: every step of a schedule is read (of a long one,
     evenly spaced ones), Adam's bias corrections at distances of a sixteenth of the steps taken."""
+    if not space.scheduled and not rule.timed:
+        return [Piece(at(t), steps)]
     if space.scheduled:
         cuts = np.unique(np.linspace(0, steps, min(steps, MOST_PIECES) + 1).astype(np.int64))
     else:
@@ -157,6 +159,13 @@ class Small(NamedTuple):
     rate: Array  # (n,) reference rate, which the scale holds
     nesterov: bool
     inside: bool  # whether the preconditioner acts before the momentum (rmsprop)
+
+
+def selected(small: Small, keep: Array) -> Small:
+    """The same in some of its columns, by their positions."""
+    square = lambda G: G[..., keep[:, None], keep]
+    T, G, D = map(square, (small.T, small.G, small.D))
+    return small._replace(T=T, b=small.b[keep], G=G, D=D, P=small.P[..., keep], Y=small.Y[..., keep])
 
 
 def apart(small: Small, spectrum: Array, U: Array) -> Small:
@@ -244,6 +253,12 @@ def sensitivity(small: Small, at: Coefficients, weights: Array) -> Array:
     return np.einsum("iqn,in->q", at.dc, np.array(c_))
 
 
+def moved(A: Array, y: Array, steps: int) -> Array:
+    """`A^steps y`."""
+    power = A if steps == 1 else np.linalg.matrix_power(A, steps)
+    return (power @ y[..., None])[..., 0]
+
+
 def swept(A: Array, lam: Array, y: Array, steps: int) -> tuple[Array, Array]:
     """`sum_i lambda_{i+1} y_i'` over the steps of a piece, and lambda at its start: one power of a block matrix."""
     back, first = A.swapaxes(-1, -2), lam[..., :, None] * y[..., None, :]
@@ -271,13 +286,8 @@ def speed(at: Coefficients, rate: Array) -> float:
     return float((at.c[RATE] / rate).max() * at.c[KEEP].max() / (1 - at.c[MU].max()))
 
 
-def ceiling(at: Coefficients, small: Small) -> float:
+def ceiling(at: Coefficients, rate: Array, nesterov: bool) -> float:
     """Largest eigenvalue of `T + W` at which the frozen step does not grow."""
     mu = float(at.c[MU].max())
-    gain = float((at.c[RATE] / small.rate).max() * at.c[KEEP].max())
-    return 2 * (1 + mu) / ((1 + 2 * mu if small.nesterov else 1.0) * gain)
-
-
-def floor(at: Coefficients, small: Small, rate: float) -> float:
-    """Negative curvature, as a positive number, at which the frozen step grows by `rate` (its exponent), roughly."""
-    return rate / speed(at, small.rate)
+    gain = float((at.c[RATE] / rate).max() * at.c[KEEP].max())
+    return 2 * (1 + mu) / ((1 + 2 * mu if nesterov else 1.0) * gain)

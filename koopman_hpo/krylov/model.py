@@ -80,7 +80,7 @@ class Model:
         def hvp(V: Array) -> Array:
             self.hvps += len(V)
             still = {n: np.zeros((len(V), *point.seeds[n].shape[1:])) for n in self._loss}
-            return push(np.ascontiguousarray(V, self._dtype), still).astype(np.float64)
+            return push(np.ascontiguousarray(V, self._dtype), still).astype(np.float64, copy=False)
 
         return hvp
 

@@ -54,7 +54,7 @@ def _small(stage: Stage, model: Model, Q: Array, images: Array) -> Small:
     small = Small(T, zero[:, 0], G, D, zero, zero, stage.rate, plain and rule.flag, rule.name == "rmsprop")
     at = stage.pieces[-1].at
     spectrum, U = np.linalg.eigh(T)
-    spectrum = np.clip(spectrum, 0.0, SAFETY * frozen.ceiling(at, small))
+    spectrum = np.clip(spectrum, 0.0, SAFETY * frozen.ceiling(at, small.rate, small.nesterov))
     total = (U * spectrum[:, None]) @ U.swapaxes(1, 2)
     return small._replace(T=total - np.einsum("g,ngab->nab", stage.pieces[0].at.c[frozen.WD] * stage.rate, D))
 

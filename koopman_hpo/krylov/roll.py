@@ -9,7 +9,6 @@ import numpy as np
 
 from ..problem import Array
 from . import stage as stages
-from .basis import Basis, selected
 from .frozen import duals
 from .model import Model
 from .stage import Adjoint, Path, Stage, State
@@ -18,6 +17,8 @@ FORWARD = 0.6  # share of the columns that the parameters get; the adjoint gets 
 RATIO = 1.6  # of a stage's length to that of the one before, as planned
 GROWTH = (0.5, 2.5)  # bounds of that ratio as the defects ask for it
 MIXED = 1e-2  # share of the mixed derivative's change along a stage that may be left out
+EARLY = 2.0  # times the tolerance may be missed by a stage with others behind it: they begin with the true gradient
+SKETCH = 2  # columns that tell where the middle of the first stage is
 LOOSE = 10.0  # times the tolerance may be missed by the adjoint: what it does to h is smaller
 TRUST = 0.04  # defect of a stage that is as large as it should be
 ASTRAY = 0.1  # defect beyond which a stage is cut short
@@ -59,7 +60,8 @@ def forward(
     model: Model, steps: int, count: int, columns: int, tolerance: float, midpoint: bool, variance: Array | float
 ) -> Rolled:
     """The run, `steps` inner steps ahead, in about `count` stages, twice that at most: a stage that ends where its frozen
-    gradient is far from the true one is cut short, and where it is near the next is longer.
+    gradient is far from the true one is cut short, and where it is near the next is longer.  With a tolerance and
+    `midpoint`, a sketch of its first half tells where the first stage's middle is, and how long the stage may be.
 
     tolerance: share of the change of its gradient that a stage may leave out.
     variance: (p,) of the gradient of one batch around the mean gradient.
@@ -68,17 +70,23 @@ def forward(
     here, bends, defects = state(model), [], []
     out: list[tuple[Stage, Path]] = []
     gradient, ahead, k, left = model.gradient(here.theta, here.t), None, first(steps, count), steps
+    if midpoint and tolerance and count > 1 and k > 1:
+        sketch = stages.begin(here, k // 2, model, gradient, here.theta, SKETCH, tolerance)
+        sketch, way = _trusted(sketch, model, CUTS)[:2]
+        ahead, k = partial(stages.where, sketch, way), 2 * sketch.steps
     while left:
         k = left if len(out) + 1 == 2 * count or 1.25 * k > left else k
         centre = ahead(k // 2) if ahead is not None else here.theta
-        stage = stages.begin(here, k, model, gradient, centre, share, tolerance)
+        loose = min(left / k, EARLY)
+        stage = stages.begin(here, k, model, gradient, centre, share, min(loose * tolerance, 0.9))
         stage, way, there, gradient, (defect, whole) = _trusted(stage, model, CUTS if len(out) + 1 < 2 * count else 0)
         out.append((stage, way))
         ahead = partial(_beyond, stage, way) if midpoint and defect < ASTRAY else None
         here = squared(stage, there, gradient, model, variance)
         moved = stages.moved(stage, here, model)
         bends.append(defect + moved)
-        defects.append(max(defect, whole) + moved)
+        missed = max(whole - defect, 0.0)  # it moves the preconditioner too, where there is one
+        defects.append(defect + (missed / loose if here.square is None else missed) + moved)
         left -= stage.steps
         k = max(1, int(stage.steps * np.clip(np.sqrt(TRUST / max(defect, 1e-12)), *GROWTH)))
     return Rolled(out, bends, defects, here, gradient)
@@ -133,22 +141,19 @@ def backward(model: Model, rolled: Rolled, columns: int, tolerance: float) -> tu
         way = stages.path(stage, model, basis)
         before, optimizer, D = stages.back(stage, model, way, basis, adjoint)
         missed += (way.U @ D[..., -1].ravel()) @ (basis.Q @ stages.mismatch(stage, model, there, gradient))
-        part = thinned(basis, len(stage.basis.Q))
-        coarse = stages.path(stage, model, part)
-        rough, optimizer_fewer, _ = stages.back(stage, model, coarse, part, rough)
+        coarse = stages.thinned(stage, model, way, fewer_columns(len(basis.Q), len(stage.basis.Q)))
+        rough, optimizer_fewer, _ = stages.back(stage, model, coarse, basis, rough)
         loss = stages.mixed(stage, model, way, basis, D, MIXED if tolerance else 0.0) if model.dynamics.loss_names else 0.0
         h, fewer, adjoint, gradient = h + optimizer + loss, fewer + optimizer_fewer + loss, before, stage.gradient
         paths.append(way)
     return h + past(model, adjoint), fewer + past(model, rough), float(missed), paths[::-1]
 
 
-def thinned(basis: Basis, own: int) -> Basis:
-    """The basis without the last quarter of its first `own` columns and of the others, one at least where there are two:
-    what one level less would give."""
-    m = len(basis.Q)
+def fewer_columns(m: int, own: int) -> Array:
+    """Positions of m columns without the last quarter of the first `own` and of the others, one at least where there are
+    two: what one level less would give."""
     kept = lambda n: n - max(n // 4, int(n > 1))
-    keep = np.r_[0 : kept(own), own : own + kept(m - own)]
-    return selected(basis, keep)
+    return np.concatenate([np.arange(kept(own)), np.arange(own, own + kept(m - own))])
 
 
 def variance(model: Model, batches: list[Any]) -> Array:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..optimizers import Rule
 from ..problem import Array
 from . import basis as krylov
-from . import frozen
+from . import frozen, modal
 from .basis import Basis
 from .frozen import Piece, Small
 from .model import Model
@@ -47,6 +48,8 @@ class Stage(NamedTuple):
     scale: Array  # (p,) root of rate times preconditioner
     unit: Array  # (p,) of the momentum's coordinates
     rate: Array  # (n,) reference rate
+    speeds: tuple[float, float]  # least and largest `frozen.speed` of its pieces
+    ceiling: float  # the least of theirs
     curvature: Callable[[Array], Array]  # V (n, p) -> (n, p) Hessian products at the centre
     basis: Basis
 
@@ -54,8 +57,11 @@ class Stage(NamedTuple):
 class Path(NamedTuple):
     """A stage's way in its basis: r columns that move together, or several such systems (...) that do not meet."""
 
+    whole: Small  # of all columns, before they are told apart and the curvature is clipped
+    momentum: Array  # (m,) at the start, in the basis
     small: Small
-    U: Array  # (m, m) their columns, in the basis
+    kit: Any  # `frozen` or `modal`: the functions of such systems
+    U: Array  # (m, r) their columns, in the basis
     spectrum: Array  # (m,) eigenvalues of the step, `rate (H + wd)`, before they were clipped
     edge: float  # largest curvature, as a share of that at which the step would grow
     maps: list[tuple[Array, Array]]  # of each piece: `frozen.step`
@@ -95,12 +101,12 @@ def _summed(Q: Array, v: Array, groups: tuple[int, ...]) -> Array:
     return np.add.reduceat(Q * v, np.cumsum([0, *groups[:-1]]), axis=1).T
 
 
-def path(stage: Stage, model: Model, basis: Basis) -> Path:
-    """The stage in a basis: its small system with the curvature clipped against growth, and the way through its pieces."""
+def small(stage: Stage, model: Model, basis: Basis) -> Small:
+    """The frozen run in a basis, its curvature as it is."""
     rule, groups, Q, start = model.dynamics.rule, model.dynamics.groups, basis.Q, stage.start
     plain, one = rule.name == "sgd", len(groups) == 1
     G = np.eye(len(Q))[None] if one else _masked(Q, np.ones(Q.shape[1]), groups)
-    small = Small(
+    return Small(
         T=basis.T,
         b=Q @ (stage.scale * stage.gradient),
         G=G,
@@ -111,38 +117,57 @@ def path(stage: Stage, model: Model, basis: Basis) -> Path:
         nesterov=plain and rule.flag,
         inside=rule.name == "rmsprop",
     )
-    ceiling = min(frozen.ceiling(piece.at, small) for piece in stage.pieces)
-    low = -max(frozen.floor(piece.at, small, GROWTH / stage.steps) for piece in stage.pieces)
-    total, spectrum, U = krylov.clipped(basis.T, low, SAFETY * ceiling)
+
+
+def path(stage: Stage, model: Model, basis: Basis) -> Path:
+    """The stage in a basis: its small system with the curvature clipped against growth, and the way through its pieces."""
+    whole = small(stage, model, basis)
+    return _path(stage, model, whole, basis.Q @ (stage.start.momentum / stage.unit))
+
+
+def thinned(stage: Stage, model: Model, way: Path, keep: Array) -> Path:
+    """The same way with those columns of the basis alone, by their positions (r,)."""
+    return _path(stage, model, frozen.selected(way.whole, keep), way.momentum, keep)
+
+
+def _path(stage: Stage, model: Model, whole: Small, momentum: Array, keep: Array | None = None) -> Path:
+    """The way of a small system whose columns are all of the basis, or those to keep; momentum: (m,) in the basis."""
+    ceiling, (slow, _) = stage.ceiling, stage.speeds
+    total, spectrum, V = krylov.clipped(whole.T, -GROWTH / stage.steps / slow, SAFETY * ceiling)
     decay = stage.pieces[0].at.c[frozen.WD] * stage.rate
-    if plain and one and not model.dynamics.loss_names:
-        small = frozen.apart(small, total - decay, U)
+    apart = model.dynamics.rule.name == "sgd" and len(stage.rate) == 1 and not model.dynamics.loss_names
+    if apart:
+        each = frozen.apart(whole, total - decay, V)
     else:
-        small = small._replace(T=(U * total) @ U.T - np.einsum("g,gab->ab", decay, small.D))
-        U = np.eye(len(Q))
-    y = _coordinates(small, U, np.zeros(len(Q)), Q @ (start.momentum / stage.unit), 1.0)
-    maps, starts = [frozen.step(small, piece.at.c) for piece in stage.pieces], []
+        each = whole._replace(T=(V * total) @ V.T - np.einsum("g,gab->ab", decay, whole.D))
+        V = np.eye(len(total))
+    U = V
+    if keep is not None:
+        U = np.zeros((len(momentum), len(keep)))
+        U[keep] = V
+    kit = modal if apart else frozen
+    y = _coordinates(each, U, np.zeros(len(U)), momentum, 1.0)
+    maps, starts = [kit.step(each, piece.at.c) for piece in stage.pieces], []
     for (A, _), piece in zip(maps, stage.pieces, strict=True):
         starts.append(y)
-        y = _moved(A, y, piece.steps)
-    return Path(small, U, spectrum, float(spectrum.max(initial=0.0)) / ceiling, maps, starts, y)
+        y = kit.moved(A, y, piece.steps)
+    return Path(whole, momentum, each, kit, U, spectrum, float(spectrum.max(initial=0.0)) / ceiling, maps, starts, y)
 
 
 def _coordinates(small: Small, U: Array, x: Array, w: Array, one: float) -> Array:
     """(..., 2r + 1) of x and w (m,) in the basis."""
-    x, w = ((a @ U).reshape(small.b.shape) for a in (x, w))
-    return np.concatenate([x, w, np.full((*x.shape[:-1], 1), one)], axis=-1)
+    shape, r = small.b.shape, small.b.shape[-1]
+    y = np.empty((*shape[:-1], 2 * r + 1))
+    y[..., :r], y[..., r : 2 * r], y[..., 2 * r] = (x @ U).reshape(shape), (w @ U).reshape(shape), one
+    return y
 
 
 def _in_basis(way: Path, y: Array) -> Array:
     """x and w (2, m) in the basis, of coordinates (..., 2r + 1)."""
     r = way.small.b.shape[-1]
-    return np.stack([y[..., :r].ravel(), y[..., r : 2 * r].ravel()]) @ way.U.T
-
-
-def _moved(A: Array, y: Array, steps: int) -> Array:
-    power = A if steps == 1 else np.linalg.matrix_power(A, steps)
-    return (power @ y[..., None])[..., 0]
+    xw = np.empty((2, way.U.shape[1]))
+    xw[0], xw[1] = y[..., :r].ravel(), y[..., r : 2 * r].ravel()
+    return xw @ way.U.T
 
 
 def back(stage: Stage, model: Model, way: Path, basis: Basis, adjoint: Adjoint) -> tuple[Adjoint, Array, Array]:
@@ -153,8 +178,8 @@ def back(stage: Stage, model: Model, way: Path, basis: Basis, adjoint: Adjoint) 
     ends = _coordinates(small, way.U, Q @ (stage.scale * adjoint.theta), Q @ (stage.unit * adjoint.momentum), 0.0)
     lam, h, D = ends, np.zeros(model.space.q), np.zeros((*small.b.shape, 2 * r + 1))
     for piece, (A, J), y in zip(reversed(stage.pieces), reversed(way.maps), reversed(way.starts), strict=True):
-        Gamma, lam = frozen.swept(A, lam, y, piece.steps)
-        h += frozen.sensitivity(small, piece.at, Gamma)
+        Gamma, lam = way.kit.swept(A, lam, y, piece.steps)
+        h += way.kit.sensitivity(small, piece.at, Gamma)
         D += J.swapaxes(-1, -2) @ Gamma[..., : 2 * r, :]
     theta, momentum = _in_basis(way, lam - ends) @ Q
     return Adjoint(adjoint.theta + theta / stage.scale, adjoint.momentum + momentum / stage.unit), h, D
@@ -200,7 +225,8 @@ def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array
     unit = D / scale if dynamics.rule.name == "rmsprop" else 1 / scale
     middle = start.t + steps // 2
     curvature, nothing = model.curvature(centre, middle, tolerance > 0), krylov.empty(start.theta.size)
-    stage = Stage(start, steps, parts, gradient, centre, middle, D, scale, unit, rate, curvature, nothing)
+    limits = _limits(parts, rate, dynamics.rule)
+    stage = Stage(start, steps, parts, gradient, centre, middle, D, scale, unit, rate, *limits, curvature, nothing)
     force = scale * (gradient + spread(parts[0].at.c[frozen.WD], model) * start.theta)
     starts = [force, start.theta / scale] if parts[0].at.c[frozen.DECAY].any() else [force]
     return stage._replace(basis=_grown(stage, model, np.array(starts), start.momentum / unit, columns, tolerance))
@@ -209,17 +235,25 @@ def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array
 def shorter(stage: Stage, model: Model, steps: int) -> Stage:
     """The same stage, ended earlier."""
     parts = model.pieces(stage.start.t, steps)
-    return stage._replace(steps=steps, pieces=parts)
+    speeds, ceiling = _limits(parts, stage.rate, model.dynamics.rule)
+    return stage._replace(steps=steps, pieces=parts, speeds=speeds, ceiling=ceiling)
+
+
+def _limits(parts: list[Piece], rate: Array, rule: Rule) -> tuple[tuple[float, float], float]:
+    """A stage's `speeds` and `ceiling`."""
+    speeds = [frozen.speed(piece.at, rate) for piece in parts]
+    nesterov = rule.name == "sgd" and rule.flag
+    return (min(speeds), max(speeds)), min(frozen.ceiling(piece.at, rate, nesterov) for piece in parts)
 
 
 def _grown(stage: Stage, model: Model, starts: Array, momentum: Array, columns: int, tolerance: float) -> Basis:
     """The stage's basis and the Krylov space of `starts` (n, p): at most so many columns more, and no more than it takes to
     leave out less than `tolerance` of what the first of them becomes in the stage; then, likewise, of the momentum, where
     the way that it goes by itself is more than that beside the way of the first."""
-    speed = max(frozen.speed(piece.at, stage.rate) for piece in stage.pieces)
+    speed = stage.speeds[1]
     product, own = operator(stage, model), len(stage.basis.Q)
     basis = krylov.grow(stage.basis, starts, product, columns, stage.steps * speed, tolerance)
-    way = np.linalg.norm(krylov.flown(basis, basis.Q @ starts[0], stage.steps * speed))
+    way = np.linalg.norm(krylov.flown(basis.T, basis.Q @ starts[0], stage.steps * speed))
     if speed * krylov.outside(basis, momentum) <= tolerance * way:
         return basis
     return krylov.grow(basis, momentum[None], product, columns - (len(basis.Q) - own), speed, tolerance)
@@ -233,9 +267,13 @@ def grown(stage: Stage, model: Model, adjoint: Adjoint, columns: int, tolerance:
 def defect(stage: Stage, way: Path, gradient: Array) -> tuple[float, float]:
     """How far the frozen gradient at the stage's end is from the true one (p,) there, relative to that at its start: within
     the basis, what the curvature has changed; and in the whole space, with what the columns leave out."""
-    Q, change = stage.basis.Q, _unforeseen(stage, way, gradient)
-    size = np.maximum([np.linalg.norm(way.small.b), np.linalg.norm(stage.scale * stage.gradient)], 1e-300)
-    return float(np.linalg.norm(Q @ change) / size[0]), float(np.linalg.norm(change) / size[1])
+    Q, change, force = stage.basis.Q, _unforeseen(stage, way, gradient), stage.scale * stage.gradient
+    sizes = max(_length(way.small.b.ravel()), 1e-300), max(_length(force), 1e-300)
+    return _length(Q @ change) / sizes[0], _length(change) / sizes[1]
+
+
+def _length(v: Array) -> float:
+    return float(np.sqrt(v @ v))
 
 
 def _unforeseen(stage: Stage, way: Path, gradient: Array) -> Array:
@@ -265,7 +303,7 @@ def moved(stage: Stage, there: State, model: Model) -> float:
 
 def where(stage: Stage, way: Path, steps: int) -> Array:
     """(p,) the parameters after some steps, also beyond the stage's end, with its last coefficients."""
-    y = _moved(way.maps[-1][0], way.starts[0], steps)
+    y = way.kit.moved(way.maps[-1][0], way.starts[0], steps)
     return stage.start.theta + stage.scale * (_in_basis(way, y)[0] @ stage.basis.Q)
 
 

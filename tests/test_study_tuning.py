@@ -375,7 +375,7 @@ def test_the_verdict_speaks_of_the_tasks_measured_and_of_their_worst_start():
     said = tuning.verdict_block(found)
     assert said.count("\n") + 1 == len(tuning.ONLINE)
     assert "20 random runs reach 0.900, as good from 4 of 5 starts; the worst start loses 50 % to the best." in said
-    missed = "none. Missed on diabetes, a regression (worst start +33.3 % against 20 random runs, 50.0 % behind the best)."
+    missed = "none. Missed on diabetes, a regression (worst start +33.3 % on 20 random runs, 50.0 % behind the best)."
     assert tuning.goal_block(found).splitlines()[-1] == f"- local, search first: reached on {missed}"
     assert "KMNIST" not in tuning.table_block(found) + tuning.cost_block(found)
     assert "MNIST, LeNet" in tuning.missing_block(found)
@@ -386,7 +386,7 @@ def test_the_goal_is_reached_where_the_worst_start_is_good_enough_and_not_far_be
     found = record(costs={"tabular": [2.0, 3.0]}, chance={"tabular": 0.9}, rows=tuning_rows("tabular", 0.83))
     assert "- local: reached on diabetes, a regression. Missed on none." in tuning.goal_block(found)
     behind = record(costs={"tabular": [2.0, 3.0]}, chance={"tabular": 0.9}, rows=tuning_rows("tabular", 0.85))
-    missed = "diabetes, a regression (worst start -5.6 % against 20 random runs, 6.2 % behind the best)"
+    missed = "diabetes, a regression (worst start -5.6 % on 20 random runs, 6.2 % behind the best)"
     assert f"- local: reached on none. Missed on {missed}." in tuning.goal_block(behind)
 
 

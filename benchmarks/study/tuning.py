@@ -252,7 +252,7 @@ def goal_block(record: dict[str, Any]) -> str:
         far = {setting: distance(record, setting, method) for setting in measured(record)}
         reached = [TASKS[s].label for s, (above, lost) in far.items() if above <= 0 and lost <= LOSS]
         missed = [
-            f"{TASKS[s].label} (worst start {100 * above:+.1f} % against 20 random runs, {100 * lost:.1f} % behind the best)"
+            f"{TASKS[s].label} (worst start {100 * above:+.1f} % on 20 random runs, {100 * lost:.1f} % behind the best)"
             for s, (above, lost) in far.items()
             if TASKS[s].label not in reached
         ]

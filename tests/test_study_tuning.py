@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from koopman_hpo_adapters.numpy import mlp
 
-from koopman_hpo import Global, Local, Space, log, logit
+from koopman_hpo import Global, History, Local, Space, log, logit, outer
+from koopman_hpo.history import Record
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("sklearn")
-from study import blackbox, crossing, methods, more_tasks, peers, restarts, tasks, tuning
+from study import blackbox, crossing, methods, more_tasks, peers, restarts, searching, tasks, tuning
 from study.methods import CHANCE, Cost, Point
 
 COST = Cost(tangent=2.0, hypergradient=3.0)
@@ -74,6 +75,68 @@ def test_an_online_run_costs_its_tangent_steps_and_hypergradients():
     at, result = methods.tuned(task(), COST, Local())  # windows of 25 and 15 steps, and the loss before training
     assert at.runs * 40 == 40 * 2 + (2 + 1) * 3
     assert at[1:] == task().quality(result.params)
+
+
+def test_a_search_is_paid_for_and_training_begins_anew_where_it_ends():
+    t = task(steps=120).starting(lr=1e-3)
+    before, hyper = searching.search(t, COST, Local())
+    assert before * 40 == pytest.approx(40 * 2 + (20 + 1) * 3)  # a third of the run, in 20 windows
+    (found,) = tuning.one_run("local, search first", t, COST)
+    assert found.runs * 120 == pytest.approx(40 * 2 + (20 + 1) * 3 + 120 * 2 + (5 + 1) * 3)
+    again, _ = methods.tuned(searching.falling(t, hyper), COST, Local(), guard=searching.CAREFUL, outer=outer.adam(0.25))
+    assert found[1:] == again[1:]
+    assert 1e-2 < hyper["lr"] < 1  # steps by the default, an eighth a window of 25, would leave it below 1.3e-3
+
+
+def test_chance_is_what_other_batches_make_of_the_same_start():
+    t = task()
+    trace = tuning.one_run(tuning.AGAIN, t, COST)
+    assert trace[0] == searching.search_first(t, COST, Local())
+    assert len({p.test for p in trace}) == searching.ORDERS
+    rows = [{"setting": "tabular", "seed": 10, "method": tuning.AGAIN, "start": 0.01, "trace": trace[:2]}]
+    ends = sorted(p.test for p in trace[:2])
+    found = tuning.chance_block(record(costs={"tabular": [2.0, 3.0]}, rows=rows))
+    assert found.endswith(f": diabetes, a regression {100 * (ends[1] / ends[0] - 1):.1f} %.")
+
+
+def test_a_measurement_holds_every_method_from_every_start_and_fills_the_page(monkeypatch):
+    tiny = tuning.Setting("tiny", lambda data, seed: task(), seeds=(1, 1), trials=(20, 20))
+    monkeypatch.setattr(tuning, "TASKS", {"tiny": tiny})
+    monkeypatch.setattr(tuning, "ONE_RUN", ("hypergradient descent", "local, search first", "global"))
+    monkeypatch.setattr(tuning, "BLACK_BOX", ("random", "grid"))
+    monkeypatch.setattr(peers, "HAS_PRODIGY", False)
+    found = record(**tuning.measure(tuning.Settings()))
+    held = [(r["method"], r["start"]) for r in found["results"]["rows"]]
+    assert held.count((tuning.AGAIN, 0.01)) == 1
+    assert [start for method, start in held if method == "local, search first"] == list(tuning.STARTS)
+    assert {method for method, _ in held} == {*tuning.ONE_RUN, tuning.AGAIN, "random", "grid"}
+    monkeypatch.setattr(tuning, "same_quality", lambda *known: "")
+    assert all(block(found).strip() for block in tuning.BLOCKS.values())
+
+
+def test_after_the_search_lr_falls_to_zero_from_where_it_was_found():
+    t = task()
+    hyper = {"lr": 0.3, "momentum": 0.95, "l2": 1e-3}
+    with pytest.raises(ValueError, match=r"bounds .* exclude the start"):
+        searching.falling(t, hyper)
+    last = searching.falling(t, hyper | {"momentum": 0.7}).space
+    assert [last.at(last.phi0, k).values["lr"] for k in (0, 20, 40)] == pytest.approx([0.3, 0.15, 0.0])
+    assert last.natural(last.phi0) == pytest.approx({"lr": 0.3, "momentum": 0.7, "l2": 1e-3})
+    assert last.names == t.space.names
+
+
+def test_what_a_search_finds_is_where_it_learned_and_not_where_it_ended():
+    def history(*windows):
+        made = History(("lr",), ("log",))
+        for phi, value in windows:
+            nothing = np.full(1, np.nan)
+            row = Record(1, 1, np.array([phi]), *(nothing,) * 5, 0.5, value, False, "last", "", "")
+            made.append(row)
+        return made
+
+    found = history((-5.0, math.e**2), (-2.0, math.e), (0.0, math.inf), (-1.0, 1.0), (-9.0, 1.1), (-9.0, 1.0))
+    assert searching.where_it_learned(found, math.e**2) == pytest.approx([-1.5])
+    assert searching.where_it_learned(history((-2.0, math.nan), (-3.0, 2.0)), 1.0) == [-3.0]
 
 
 def test_true_global_costs_its_runs_and_a_plain_one():
@@ -312,9 +375,19 @@ def test_the_verdict_speaks_of_the_tasks_measured_and_of_their_worst_start():
     said = tuning.verdict_block(found)
     assert said.count("\n") + 1 == len(tuning.ONLINE)
     assert "20 random runs reach 0.900, as good from 4 of 5 starts; the worst start loses 50 % to the best." in said
+    missed = "none. Missed on diabetes, a regression (worst start +33.3 % on 20 random runs, 50.0 % behind the best)."
+    assert tuning.goal_block(found).splitlines()[-1] == f"- local, search first: reached on {missed}"
     assert "KMNIST" not in tuning.table_block(found) + tuning.cost_block(found)
     assert "MNIST, LeNet" in tuning.missing_block(found)
     assert len(tuning.FIGURES["evidence_tuning.png"](found).axes) == 3
+
+
+def test_the_goal_is_reached_where_the_worst_start_is_good_enough_and_not_far_behind():
+    found = record(costs={"tabular": [2.0, 3.0]}, chance={"tabular": 0.9}, rows=tuning_rows("tabular", 0.83))
+    assert "- local: reached on diabetes, a regression. Missed on none." in tuning.goal_block(found)
+    behind = record(costs={"tabular": [2.0, 3.0]}, chance={"tabular": 0.9}, rows=tuning_rows("tabular", 0.85))
+    missed = "diabetes, a regression (worst start -5.6 % on 20 random runs, 6.2 % behind the best)"
+    assert f"- local: reached on none. Missed on {missed}." in tuning.goal_block(behind)
 
 
 def test_the_wide_network_is_the_published_one_and_its_class_weights_are_tuned(monkeypatch):

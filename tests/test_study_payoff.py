@@ -10,37 +10,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from koopman_hpo_adapters.numpy import mlp
 
-from koopman_hpo import Global, Local, Space, Tuner, hypergradient, koopman, log, logit
+from koopman_hpo import Global, Local, Tuner, hypergradient, koopman
 from koopman_hpo.strategies import Window
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("sklearn")
-from study import methods, payoff, payoff_online, payoff_restarts, payoff_windows, tasks
-from study.methods import Cost
+from study import methods, payoff, payoff_online, payoff_restarts, payoff_windows
 from study.payoff_online import View
 from study.payoff_restarts import Leg, Loop
 from study.problems import Case
-
-COST = Cost(tangent=2.0, hypergradient=3.0)
-
-
-def task(steps=40):
-    rng = np.random.default_rng(0)
-    X = rng.normal(size=(300, 5))
-    y = np.argmax(X[:, :3], axis=1)
-    part = lambda a, b: (X[a:b], y[a:b])
-    return tasks.Task(
-        mlp((5, 4, 3), seed=0),
-        Space(lr=log(0.1), momentum=logit(0.5), l2=log(0.01)),
-        {"lr": (1e-3, 1.0), "momentum": (0.1, 0.9), "l2": (1e-6, 0.1)},
-        steps,
-        tasks.feed(part(0, 100), 20, 0),
-        part(100, 200),
-        part(200, 300),
-    )
-
+from study_toys import COST, task
 
 # -- windows -----------------------------------------------------------------------------------------------------------
 

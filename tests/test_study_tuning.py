@@ -9,34 +9,15 @@ import sys
 
 import numpy as np
 import pytest
-from koopman_hpo_adapters.numpy import mlp
 
-from koopman_hpo import Global, History, Local, Space, log, logit, outer
+from koopman_hpo import Global, History, Local, outer
 from koopman_hpo.history import Record
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("sklearn")
 from study import blackbox, crossing, methods, more_tasks, peers, restarts, searching, tasks, tuning
-from study.methods import CHANCE, Cost, Point
-
-COST = Cost(tangent=2.0, hypergradient=3.0)
-
-
-def task(steps=40, penalty="l2", **settings):
-    rng = np.random.default_rng(0)
-    X = rng.normal(size=(300, 5))
-    y = np.argmax(X[:, :3], axis=1)
-    part = lambda a, b: (X[a:b], y[a:b])
-    return tasks.Task(
-        mlp((5, 4, 3), seed=0),
-        Space(lr=log(0.1), momentum=logit(0.5), **{penalty: log(0.01)}),
-        {"lr": (1e-3, 1.0), "momentum": (0.1, 0.9), penalty: (1e-6, 0.1)},
-        steps,
-        tasks.feed(part(0, 100), 20, 0),
-        part(100, 200),
-        part(200, 300),
-        **settings,
-    )
+from study.methods import CHANCE, Point
+from study_toys import COST, task
 
 
 def points(seed, n):

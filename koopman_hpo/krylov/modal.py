@@ -56,6 +56,17 @@ def _moved(A, y, steps, out):
 
 
 @njit(cache=True, error_model="numpy")
+def _multiply(R, S, B, F, X):
+    """[[R, S], [0, R]] <- itself times [[B, F], [0, B]], which it may be; X is scratch; all are (3, 3)."""
+    X[:] = 0
+    _add_product(R, F, X)
+    _add_product(S, B, X)
+    S[:], X[:] = X, 0
+    _add_product(R, B, X)
+    R[:] = X
+
+
+@njit(cache=True, error_model="numpy")
 def _swept(A, lam, y, steps, Gamma, before):
     """Gamma (m, 3, 3), before (m, 3) <- what `frozen.swept` gives, of each mode.
 
@@ -69,20 +80,10 @@ def _swept(A, lam, y, steps, Gamma, before):
         n = steps
         while n:
             if n & 1:
-                X[:] = 0
-                _add_product(R, F, X)
-                _add_product(S, B, X)
-                S[:], X[:] = X, 0
-                _add_product(R, B, X)
-                R[:] = X
+                _multiply(R, S, B, F, X)
             n >>= 1
             if n:
-                X[:] = 0
-                _add_product(B, F, X)
-                _add_product(F, B, X)
-                F[:], X[:] = X, 0
-                _add_product(B, B, X)
-                B[:] = X
+                _multiply(B, F, B, F, X)
         Gamma[j] = S
         for i in range(3):
             before[j, i] = R[i, 0] * lam[j, 0] + R[i, 1] * lam[j, 1] + R[i, 2] * lam[j, 2]

@@ -149,11 +149,12 @@ def _check_factors(factors: Any, knots: tuple[int, ...] | None, transform: Trans
     call = transform.name
     if knots is None:
         raise HyperparameterError(f"{call}: factors need knots, the inner steps at which they hold: knots=(0, T).")
-    x, most = reals(call, "factors", factors), 1.0 if transform is LOGIT else math.inf
+    if not transform.low <= 0 <= transform.high:
+        raise HyperparameterError(f"{call}: a multiple would leave the domain. Use log or identity, with bounds.")
+    endless = {transform.low, transform.high} <= {-math.inf, 0.0, math.inf}
+    x, most = reals(call, "factors", factors), math.inf if endless else 1.0
     if x.shape != (len(knots),):
         raise ShapeError(f"{call}: factors must be {len(knots)} numbers, one a knot, got shape {x.shape}.")
-    if transform.name == "box":
-        raise HyperparameterError("box: factors would leave the box. Use log or identity with bounds on the value.")
     if not ((x >= 0) & (x <= most) & (x < math.inf)).all() or not x[0] > 0:
         raise HyperparameterError(
             f"{call}: factors must be finite, at least 0{', at most 1' if most == 1 else ''} and the first one above 0, "

@@ -1,5 +1,7 @@
 """Spaces: round trips, bounds, seeds as derivatives, schedules and groups, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -164,6 +166,8 @@ def test_the_start_is_the_users_array_no_more():
         (lambda: log(0.1, knots=(0, 5), factors=(1, np.nan)), HyperparameterError, "finite"),
         (lambda: logit(0.9, knots=(0, 5), factors=(1, 1.05)), HyperparameterError, "at most 1"),
         (lambda: log([[0.1], [0.2]], knots=(0, 5), factors=(1, 0)), ShapeError, "scalar"),
+        (lambda: replace(box(2.0, 1, 3), knots=(0, 5), factors=(1, 0)), HyperparameterError, "leave the domain"),
+        (lambda: replace(box(0.5, 0, 1), knots=(0, 5), factors=(1, 1.5)), HyperparameterError, "at most 1"),
         (lambda: Space(lr=0.1), HyperparameterError, r"lr=log\(0.1\)"),
         (lambda: mixed().phi({"shift": 1}), HyperparameterError, "no value for"),
         (lambda: mixed().phi({"momentun": 1}), HyperparameterError, "'momentum'"),

@@ -97,10 +97,29 @@ def test_mnist_without_pooch_says_how_to_get_it(mnist, monkeypatch):
 
 
 def test_mnist_random_search_keeps_the_lowest_validation_loss(mnist, monkeypatch):
-    losses = iter([np.nan, 0.5, 0.2, 0.3])
-    fake = lambda *_: mnist["Run"](90.0, 0.3, next(losses), ())
+    losses, drawn = iter([np.nan, 0.5, 0.2, 0.3]), []
+
+    def fake(optimizer, hyper, *_):
+        drawn.append(hyper)
+        return mnist["Run"](90.0, 0.3, next(losses), ())
+
     monkeypatch.setitem(mnist["random_search"].__globals__, "untuned", fake)
-    assert mnist["random_search"](4, "sgd", None, None, 0, True).val_loss == 0.2
+    best, hyper = mnist["random_search"](4, "sgd", None, None, 0, True)
+    assert best.val_loss == 0.2
+    assert hyper == drawn[2]
+
+
+def test_mnist_repeats_settings_with_other_weights_and_orders(mnist, monkeypatch):
+    seen = []
+
+    def fake(optimizer, hyper, sets, budget, seed, falling):
+        seen.append((hyper, seed, falling))
+        return mnist["Run"](90.0 + len(seen), 0.3, 0.2, ())
+
+    monkeypatch.setitem(mnist["repeated"].__globals__, "untuned", fake)
+    np.testing.assert_array_equal(mnist["repeated"](3, "sgd", (0.1, 0.5, 0.0), None, None, 2, False), [91.0, 92.0, 93.0])
+    assert {(hyper, falling) for hyper, _, falling in seen} == {((0.1, 0.5, 0.0), False)}
+    assert len({seed for _, seed, _ in seen} - {2}) == 3
 
 
 def test_mnist_trains_with_an_lr_that_falls_to_zero(mnist, monkeypatch):

@@ -1,0 +1,191 @@
+"""Rules of what acts element by element, of shapes, and of sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ._torch_rule import RULES, Pull, Push, Rule, Tangent, Unknown, curved, lift, linear, plus, shape_of, signed, sum_to
+
+_index_put = torch.ops.aten.index_put_.default
+
+
+# -- element by element --------------------------------------------------------------------------------------------------
+
+
+def _unary(name: str, saved: str, slopes: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+    """slopes: (saved tensor, node) -> f', f''."""
+
+    def rule(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
+        (dx,), (slope, curvature) = moved, slopes(getattr(node, saved), node)
+
+        def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
+            d = dx * (curvature * g)
+            return (d if dg is None else d.addcmul_(slope, dg),)
+
+        return lambda: dx * slope, pull
+
+    RULES[name] = Rule(rule, True)
+
+
+def _tanh(y: torch.Tensor, node: Any) -> Any:
+    slope = (y * y).neg_().add_(1)
+    return slope, (y * slope).mul_(-2)
+
+
+def _sigmoid(y: torch.Tensor, node: Any) -> Any:
+    slope = y * (1 - y)
+    return slope, slope * (1 - 2 * y)
+
+
+def _silu(x: torch.Tensor, node: Any) -> Any:
+    s = x.sigmoid()
+    return s * (1 + x * (1 - s)), s * (1 - s) * (2 + x * (1 - 2 * s))
+
+
+def _gelu(x: torch.Tensor, node: Any) -> Any:
+    if node._saved_approximate != "none":
+        raise Unknown
+    density = (-0.5 * x * x).exp() / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density, density * (2 - x * x)
+
+
+def _pow(x: torch.Tensor, node: Any) -> Any:
+    n = node._saved_exponent
+    if n < 2:  # where x = 0 is a matter of its own
+        raise Unknown
+    return n * x ** (n - 1), n * (n - 1) * x ** (n - 2)
+
+
+_unary("TanhBackward0", "_saved_result", _tanh)
+_unary("SigmoidBackward0", "_saved_result", _sigmoid)
+_unary("ExpBackward0", "_saved_result", lambda y, node: (y, y))
+_unary("LogBackward0", "_saved_self", lambda x, node: (1 / x, -1 / (x * x)))
+_unary("ReciprocalBackward0", "_saved_result", lambda y, node: (-y * y, 2 * y**3))
+_unary("SiluBackward0", "_saved_self", _silu)
+_unary("GeluBackward0", "_saved_self", _gelu)
+_unary("PowBackward0", "_saved_self", _pow)
+
+
+@curved("MulBackward0")
+def _mul(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
+    factors, dims = (node._saved_other, node._saved_self), len(shape_of(node))
+    wide = [None if d is None else lift(d, dims) for d in moved]
+    times = lambda d, a: None if d is None else d * a
+
+    def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
+        found: list[Tangent] = [None, None]
+        for i in (i for i in (0, 1) if moved[i] is not None):
+            d = plus(times(dg, factors[i]), times(wide[1 - i], g))
+            found[i] = None if d is None else sum_to(d, shape_of(node, i))
+        return found
+
+    def push() -> torch.Tensor:
+        dy = plus(*(times(d, a) for d, a in zip(wide, factors, strict=True)))
+        assert dy is not None
+        return dy
+
+    return push, pull
+
+
+@curved("DivBackward0")
+def _div(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
+    top, bottom, dims = node._saved_self, node._saved_other, len(shape_of(node))
+    da, db = (None if d is None else lift(d, dims) for d in moved)
+    fall = None if db is None else db / bottom  # the relative move of the denominator
+
+    def push() -> torch.Tensor:
+        dy = plus(None if da is None else da / bottom, None if fall is None else fall * (-top / bottom))
+        assert dy is not None
+        return dy
+
+    def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
+        first = plus(None if dg is None else dg / bottom, None if fall is None else fall * (-g / bottom))
+        found: list[Tangent] = [None, None]
+        if da is not None and first is not None:
+            found[0] = sum_to(first, shape_of(node, 0))
+        if fall is not None and first is not None:
+            slope = top / bottom
+            d = plus(fall * (slope * g / bottom) - first * slope, None if da is None else da * (-g / (bottom * bottom)))
+            found[1] = None if d is None else sum_to(d, shape_of(node, 1))
+        return found
+
+    return push, pull
+
+
+def _weighted(name: str, weights: Callable[[Any], Sequence[Any]]) -> None:
+    """A node that sums its inputs, each under what does not move: node -> functions of a tangent, one an input."""
+
+    def rule(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
+        times, shape = weights(node), shape_of(node)
+
+        def push() -> torch.Tensor:
+            terms = [by(lift(d, len(shape))) for d, by in zip(moved, times, strict=False) if d is not None]
+            return sum(terms[1:], terms[0]).expand(-1, *shape)
+
+        def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
+            found: list[Tangent] = [None] * len(moved)
+            for i in (i for i, d in enumerate(moved) if d is not None and dg is not None):
+                found[i] = sum_to(times[i](dg), shape_of(node, i))
+            return found
+
+        return push, pull
+
+    RULES[name] = Rule(rule, False)
+
+
+def _by(a: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda d: d if type(a) is int and a == 1 else d * a
+
+
+_weighted("AddBackward0", lambda node: (_by(1), _by(node._saved_alpha)))
+_weighted("SubBackward0", lambda node: (_by(1), _by(-node._saved_alpha)))
+_weighted("RsubBackward1", lambda node: (_by(-node._saved_alpha),))
+_weighted("NegBackward0", lambda node: (_by(-1),))
+_weighted("MulBackward1", lambda node: (_by(node._saved_other),))
+_weighted("CloneBackward0", lambda node: (_by(1),))
+
+
+# -- shapes and sums -----------------------------------------------------------------------------------------------------
+
+
+@linear("ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "SqueezeBackward1")
+def _view(node: Any, q: int) -> Any:
+    before, after = shape_of(node, 0), shape_of(node)
+    return lambda d: d.reshape(q, *after), lambda d: d.reshape(q, *before)
+
+
+@linear("TBackward0")
+def _t(node: Any, q: int) -> Any:
+    turn = lambda d: d.transpose(-2, -1)
+    return turn, turn
+
+
+@linear("IndexBackward0")
+def _index(node: Any, q: int) -> Any:
+    places, before = node._saved_indices, shape_of(node, 0)
+    if len(places) > 1:  # where the indexed dimensions go is a matter of its own
+        raise Unknown
+
+    def back(d: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros((q, *before), dtype=d.dtype, device=d.device)
+        return _index_put(out, [None, *places], d, True)
+
+    return lambda d: d[(slice(None), *places)], back
+
+
+def _reduced(node: Any, q: int, mean: bool) -> Any:
+    """Sums or means, over some dimensions or all."""
+    shape, after = node._saved_self_sym_sizes, shape_of(node)
+    over = [signed(i) % len(shape) for i in getattr(node, "_saved_dim", ())] or list(range(len(shape)))
+    kept = [1 if i in over else n for i, n in enumerate(shape)]
+    scale = 1 / math.prod(shape[i] for i in over) if mean else 1
+    ahead = lambda d: (d.sum([i + 1 for i in over]) if over else d).reshape(q, *after) * scale
+    return ahead, lambda d: (d * scale).reshape(q, *kept).expand(q, *shape)
+
+
+linear("SumBackward0", "SumBackward1")(lambda node, q: _reduced(node, q, mean=False))
+linear("MeanBackward0", "MeanBackward1")(lambda node, q: _reduced(node, q, mean=True))

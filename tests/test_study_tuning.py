@@ -6,6 +6,7 @@ import itertools
 import math
 import pathlib
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from koopman_hpo.history import Record
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("sklearn")
-from study import blackbox, crossing, methods, more_tasks, peers, restarts, searching, tasks, tuning
+from study import blackbox, crossing, lineup, methods, more_tasks, peers, restarts, searching, tasks, tuning
 from study.methods import CHANCE, Point
 from study_toys import COST, task
 
@@ -72,7 +73,7 @@ def test_a_search_is_paid_for_and_training_begins_anew_where_it_ends():
 def test_chance_is_what_other_batches_make_of_the_same_start():
     t = task()
     trace = tuning.one_run(tuning.AGAIN, t, COST)
-    assert trace[0] == searching.search_first(t, COST, Local())
+    assert trace[:1] == searching.search_first(t, COST, Local())
     assert len({p.test for p in trace}) == searching.ORDERS
     rows = [{"setting": "tabular", "seed": 10, "method": tuning.AGAIN, "start": 0.01, "trace": trace[:2]}]
     ends = sorted(p.test for p in trace[:2])
@@ -81,7 +82,7 @@ def test_chance_is_what_other_batches_make_of_the_same_start():
 
 
 def test_a_measurement_holds_every_method_from_every_start_and_fills_the_page(monkeypatch):
-    tiny = tuning.Setting("tiny", lambda data, seed: task(), seeds=(1, 1), trials=(20, 20))
+    tiny = lineup.Setting("tiny", lambda data, seed: task(), seeds=(1, 1), trials=(20, 20))
     monkeypatch.setattr(tuning, "TASKS", {"tiny": tiny})
     monkeypatch.setattr(tuning, "ONE_RUN", ("hypergradient descent", "local, search first", "global"))
     monkeypatch.setattr(tuning, "BLACK_BOX", ("random", "grid"))
@@ -104,6 +105,27 @@ def test_after_the_search_lr_falls_to_zero_from_where_it_was_found():
     assert [last.at(last.phi0, k).values["lr"] for k in (0, 20, 40)] == pytest.approx([0.3, 0.15, 0.0])
     assert last.natural(last.phi0) == pytest.approx({"lr": 0.3, "momentum": 0.7, "l2": 1e-3})
     assert last.names == t.space.names
+
+
+def test_each_run_after_a_search_begins_where_the_one_before_learned_and_the_best_stands(monkeypatch):
+    asked, ends = [], iter([(math.log(0.5), 0.6), (math.log(0.2), 0.4), (math.log(0.1), 0.5)])
+
+    def fake(t, c, strategy, **settings):
+        phi, val = next(ends)
+        asked.append((float(t.space["lr"].value), t.batch(0)[0]))
+        return methods.Point(2.0, val, 10 * val, 0.5), types.SimpleNamespace(history=phi)
+
+    t = task()
+    monkeypatch.setattr(searching, "search", lambda *_: (1.5, {"lr": 0.3, "momentum": 0.5, "l2": 1e-4}))
+    monkeypatch.setattr(searching, "tuned", fake)
+    monkeypatch.setattr(searching, "where_it_learned", lambda phi, before: np.array([phi, 0.0, math.log(1e-4)]))
+    trace = searching.search_first(t, COST, Local(), 3)
+    assert [lr for lr, _ in asked] == pytest.approx([0.3, 0.5, 0.2])
+    for k, (_, X) in enumerate(asked):
+        np.testing.assert_array_equal(X, t.batch(k * t.steps)[0])
+    before = 1.5 * searching.length(t) / t.steps
+    assert [p.runs for p in trace] == pytest.approx([before + 2, before + 4, before + 6])
+    assert [p.val for p in trace] == [0.6, 0.4, 0.4]
 
 
 def test_what_a_search_finds_is_where_it_learned_and_not_where_it_ended():
@@ -357,7 +379,7 @@ def test_the_verdict_speaks_of_the_tasks_measured_and_of_their_worst_start():
     assert said.count("\n") + 1 == len(tuning.ONLINE)
     assert "20 random runs reach 0.900, as good from 4 of 5 starts; the worst start loses 50 % to the best." in said
     missed = "none. Missed on diabetes, a regression (worst start +33.3 % on 20 random runs, 50.0 % behind the best)."
-    assert tuning.goal_block(found).splitlines()[-1] == f"- local, search first: reached on {missed}"
+    assert tuning.goal_block(found).splitlines()[-1] == f"- local, search, three runs: reached on {missed}"
     assert "KMNIST" not in tuning.table_block(found) + tuning.cost_block(found)
     assert "MNIST, LeNet" in tuning.missing_block(found)
     assert len(tuning.FIGURES["evidence_tuning.png"](found).axes) == 3

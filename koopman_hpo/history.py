@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import files
-from .errors import CheckpointError, ShapeError, names, short
+from .errors import CheckpointError, ShapeError, names, number, short
 from .transforms import transform
 
 Array = NDArray[Any]
@@ -100,6 +100,25 @@ class History:
         since = sum(1 for _ in itertools.takewhile(lambda s: s > step, reversed(self._trajectory_step)))
         m = min(max(since, least), len(self._trajectory))
         return np.array(self._trajectory[len(self._trajectory) - m :], np.float64).reshape(m, len(self.labels))
+
+    def learned(self, before: float) -> Array:
+        """(q,) where training learned most: the mean of phi over the windows, weighed by how far each took the logarithm of
+        the outer loss below all before it, `before` at first.  The last phi where it never fell.
+
+        Where to begin again: once a constant lr has learned what it can, its hypergradient asks to average out the noise,
+        and takes it down.  Where a loss is not above zero the loss itself counts in place of its logarithm.
+
+        Raises:
+          ShapeError: no window.  HyperparameterError: `before` is not a finite number.
+        """
+        need = "the outer loss before training, a finite number"
+        before = number("History.learned", "before", before, need, open_low=True, open_high=True)
+        if not len(self):
+            raise ShapeError("History.learned: the history has no window yet. Ask after the first.")
+        values = np.concatenate([[before], np.where(np.isfinite(self.value), self.value, np.inf)])
+        lowest = np.minimum.accumulate(values)
+        gained = -np.diff(np.log(lowest) if lowest[-1] > 0 else lowest)
+        return gained @ self.phi / gained.sum() if gained.sum() > 0 else self.phi[-1].copy()
 
     def append(self, record: Record) -> None:
         if not isinstance(record, Record):

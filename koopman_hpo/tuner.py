@@ -41,6 +41,7 @@ class Result(NamedTuple):
     reason: str  # why it ended
     history: History
     best: Best | None  # where the outer loss was lowest: online, of all windows; restart, of the longest runs
+    learned: dict[str, Any]  # natural values; online: with which it learned most (`History.learned`); restart: hyper
 
 
 class Tuner:
@@ -159,8 +160,12 @@ class Tuner:
         value, phi = s.value, s.phi
         if self.mode == "restart" and best is not None:
             value, phi, params = best.value, best.phi, best.params
-        hyper = self.inner.space.natural(phi)
-        return Result(params, hyper, phi.copy(), value, s.used, s.reason or "not finished", self.history, best)
+        space = self.inner.space
+        hyper = learned = space.natural(phi)
+        if self.mode == "online" and len(self.history):
+            learned = space.natural(space.clip(self.history.learned(s.value0)))
+        reason = s.reason or "not finished"
+        return Result(params, hyper, phi.copy(), value, s.used, reason, self.history, best, learned)
 
     def spacing(self, length: int) -> int:
         """Inner steps between recorded hypergradients in a window."""

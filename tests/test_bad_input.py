@@ -1,6 +1,7 @@
 """What users get wrong, at every entry but the tuner's: refused by name before anything changes, or made harmless."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -707,6 +708,9 @@ def history():
     (lambda: History(("lr",)).append(None), ShapeError, "must be a Record"),
     (lambda: History(("lr",)).append(record(2)), ShapeError, r"shape \(q,\) = \(1,\)"),
     (lambda: History(("lr",)).observe(1, np.ones(2)), ShapeError, r"shape \(q,\) = \(1,\)"),
+    (lambda: History(("lr",)).learned(1.0), ShapeError, "no window yet"),
+    (lambda: history().learned(math.inf), HyperparameterError, "a finite number"),
+    (lambda: history().learned(None), HyperparameterError, "a finite number"),
     (lambda: History.from_arrays(None), CheckpointError, "a dict of arrays"),
     (lambda: History.from_arrays({}), CheckpointError, "columns missing"),
     (lambda: History.from_arrays(history().arrays() | {"phi": np.ones((2, 1))}), CheckpointError, "lengths"),

@@ -11,8 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from koopman_hpo import Global, History, Local, outer
-from koopman_hpo.history import Record
+from koopman_hpo import Global, Local, outer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("sklearn")
@@ -113,12 +112,11 @@ def test_each_run_after_a_search_begins_where_the_one_before_learned_and_the_bes
     def fake(t, c, strategy, **settings):
         phi, val = next(ends)
         asked.append((float(t.space["lr"].value), t.batch(0)[0]))
-        return methods.Point(2.0, val, 10 * val, 0.5), types.SimpleNamespace(history=phi)
+        return methods.Point(2.0, val, 10 * val, 0.5), types.SimpleNamespace(learned={**hyper, "lr": math.exp(phi)})
 
-    t = task()
-    monkeypatch.setattr(searching, "search", lambda *_: (1.5, {"lr": 0.3, "momentum": 0.5, "l2": 1e-4}))
+    t, hyper = task(), {"lr": 0.3, "momentum": 0.5, "l2": 1e-4}
+    monkeypatch.setattr(searching, "search", lambda *_: (1.5, hyper))
     monkeypatch.setattr(searching, "tuned", fake)
-    monkeypatch.setattr(searching, "where_it_learned", lambda phi, before: np.array([phi, 0.0, math.log(1e-4)]))
     trace = searching.search_first(t, COST, Local(), 3)
     assert [lr for lr, _ in asked] == pytest.approx([0.3, 0.5, 0.2])
     for k, (_, X) in enumerate(asked):
@@ -126,20 +124,6 @@ def test_each_run_after_a_search_begins_where_the_one_before_learned_and_the_bes
     before = 1.5 * searching.length(t) / t.steps
     assert [p.runs for p in trace] == pytest.approx([before + 2, before + 4, before + 6])
     assert [p.val for p in trace] == [0.6, 0.4, 0.4]
-
-
-def test_what_a_search_finds_is_where_it_learned_and_not_where_it_ended():
-    def history(*windows):
-        made = History(("lr",), ("log",))
-        for phi, value in windows:
-            nothing = np.full(1, np.nan)
-            row = Record(1, 1, np.array([phi]), *(nothing,) * 5, 0.5, value, False, "last", "", "")
-            made.append(row)
-        return made
-
-    found = history((-5.0, math.e**2), (-2.0, math.e), (0.0, math.inf), (-1.0, 1.0), (-9.0, 1.1), (-9.0, 1.0))
-    assert searching.where_it_learned(found, math.e**2) == pytest.approx([-1.5])
-    assert searching.where_it_learned(history((-2.0, math.nan), (-3.0, 2.0)), 1.0) == [-3.0]
 
 
 def test_true_global_costs_its_runs_and_a_plain_one():

@@ -9,14 +9,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from koopman_hpo import Guard, History, Space, log, logit, outer
+from koopman_hpo import Guard, Space, log, logit, outer
 
 from .methods import Cost, Trace, standing, tuned
 from .tasks import Task
 
-Array = np.ndarray
 # the recipe's; THEN, and what is handed on, were chosen on seeds 20 to 22
 SHARE, WINDOWS, RATE = 1 / 3, 20, 0.5  # of the run that the search takes, moves in it, and their size
 THEN = 0.25  # the size of moves in the run proper: twice the default
@@ -38,7 +35,7 @@ def search_first(task: Task, c: Cost, strategy: Any, runs: int = 1) -> Trace:
         at, result = tuned(now, c, strategy, guard=CAREFUL, outer=outer.adam(THEN))
         spent += at.runs
         trace.append(at._replace(runs=spent))
-        hyper = learned(now, result.history)
+        hyper = result.learned
     return standing(trace)
 
 
@@ -62,25 +59,7 @@ def search(task: Task, c: Cost, strategy: Any) -> tuple[float, dict[str, Any]]:
     space = Space(**{**task.space, "momentum": logit(START, bounds=MOMENTUM)})
     short = replace(task, space=space, steps=length(task), window=max(1, length(task) // WINDOWS))
     at, result = tuned(short, c, strategy, guard=replace(CAREFUL, again=1.0), outer=outer.adam(RATE))
-    return at.runs, learned(short, result.history)
-
-
-def learned(task: Task, history: History) -> dict[str, Any]:
-    """The hyperparameters with which a run of the task has learned most."""
-    before = float(task.model.outer(task.model.params, {}, task.val)[0])
-    return task.space.natural(task.space.clip(where_it_learned(history, before)))
-
-
-def where_it_learned(history: History, start: float) -> Array:
-    """(q,) the mean of phi over the windows, weighed by how far each has taken the logarithm of the validation loss below
-    all before it; `start` is the loss before training.  The last phi where it never fell.
-
-    Once a constant lr has learned what it can, the hypergradient asks to average out the noise: the last lr may be too low.
-    """
-    values = np.where(np.isfinite(history.value), history.value, np.inf)
-    lowest = np.minimum.accumulate(np.concatenate([[start], values]))
-    gained = -np.diff(np.log(lowest))
-    return gained @ history.phi / gained.sum() if gained.sum() > 0 else history.phi[-1]
+    return at.runs, result.learned
 
 
 def falling(task: Task, hyper: dict[str, Any]) -> Task:

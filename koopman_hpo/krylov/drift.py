@@ -17,6 +17,7 @@ from .noise import Noise, left, signs
 from .stage import Stage
 
 NOTHING = 1e-9  # beside the largest of a root
+NEGLECTED = 0.02  # share of the pull, with a covariance that grows with time, below which a stage is left out
 
 
 def deviations(noise: Noise, at: Coefficients, steps: int, count: int) -> tuple[Array, Array]:
@@ -48,9 +49,12 @@ def pull(model: Model, noise: Noise, stages: list[tuple[Stage, Array]]) -> Array
     to both sides.
     """
     h, begun = np.zeros(model.space.q), stages[0][0].start.t
-    for stage, adjoint in stages:
-        t = stage.start.t + max(1, stage.steps // 2)
-        D, dD = deviations(noise, stage.pieces[-1].at, t - begun, len(noise.batches))
+    times = [stage.start.t - begun + max(1, stage.steps // 2) for stage, _ in stages]
+    weights = np.array([np.linalg.norm(adjoint) * t for (_, adjoint), t in zip(stages, times, strict=True)])
+    for (stage, adjoint), t, weight in zip(stages, times, weights, strict=True):
+        if weight < NEGLECTED * weights.sum():
+            continue
+        D, dD = deviations(noise, stage.pieces[-1].at, t, len(noise.batches))
         for k, batch in enumerate(noise.batches):
             ahead, behind = (model.hvp(stage.centre + d, adjoint, stage.middle, batch) for d in (D[k], -D[k]))
             h += dD[:, k] @ (ahead - behind) / (2 * len(D))

@@ -12,13 +12,14 @@ from .. import koopman
 from ..engine import CoreInner
 from ..errors import AdapterError, ShapeError, choice, flag, number, whole
 from ..problem import Array
-from . import frozen, noise, reverse, roll
+from . import drift, frozen, noise, reverse, roll
 from .model import Model
 
 GATE = 0.5  # accepted if the error is below this part of the value
 NOISES = ("epoch", "independent")
 NEGLECTED = ("beta2", "alpha")  # hyperparameters of the preconditioner alone, which is frozen
 NOISE_DOUBT = 0.5  # share of the noise term that its own error is taken to be, beside its spread over batches
+BATCHES = 4  # that a sample of the noise is made of, at most
 MOST_STEPS = 10**9
 
 
@@ -70,11 +71,11 @@ class Forecast(koopman.Forecast):
     ] = ()  # of each stage, eigenvalues of the preconditioned step `rate (H + wd)`, before clipping
     stages: tuple[int, ...] = ()  # inner steps of each
     basis: tuple[int, ...] = ()  # columns of each stage's Krylov space
-    hvps: int = 0  # Hessian-vector products of the inner loss
+    hvps: int = 0  # Hessian-vector products of the inner loss; with noise, two a stage of each single batch too
     gradients: int = 0  # of the inner loss
     mixed: int = 0  # mixed derivatives of the inner loss, q rows each
     outers: int = 0  # gradients and Hessian-vector products of the outer loss
-    noise_share: float = 0.0  # |noise term| / (|noise term| + |the rest|)
+    noise_share: float = 0.0  # |what noise adds| / (|what noise adds| + |the rest|)
     bends: tuple[float, ...] = ()  # of each stage, what it freezes and really changes, as a share of its gradient
     outer_loss: float = float("nan")  # at the horizon, accepted or not; without the noise term
     missed: float = 0.0  # of it, what the frozen gradients' mismatches add to the loss at `params`: its size is its doubt
@@ -119,13 +120,14 @@ def estimate(
       stages: how many are planned, each 1.6 times as long as the one before; where the frozen gradient goes astray they
         are shorter and up to twice as many, where it stays true longer and fewer.
       midpoint: take a stage's Hessian where its middle is expected, not at its start: costs nothing more.
-      noise: "epoch": add what the noise of `batches`, one epoch drawn without replacement, does at the horizon;
-        "independent": of independent batches; None: the same batch at every step.
+      noise: "epoch": add what the noise of `batches`, one epoch drawn without replacement, leaves at the horizon and how it
+        moves the mean of training; "independent": of independent batches; None: the same batch at every step.
       batches: list of mini-batches; also tells the frozen second moments of adam and rmsprop their noise.
       hvp_batch: for Hessian-vector products only, default train_batch. In full batch a part of it costs accuracy.
-      samples, depth: batches that the noise term follows, and the columns of each.
+      samples, depth: samples of the noise, and the columns of each; where there are more batches, mixtures of four times
+        as many at most.
       gate: accepted if the estimated error is below this share of the estimate (root mean squares).
-      seed: of the choice of the samples.
+      seed: of the choice of the batches and of their mixtures.
 
     Returns:
       `Forecast`.  Its error is what fewer columns would change, the frozen gradients' defects at the stages' ends, and
@@ -200,16 +202,11 @@ def check_run(call: str, inner: Any) -> None:
 
 def _rolled(model: Model, plan: Settings, steps: int, now: Array) -> Forecast:
     """The estimate and its gate."""
-    chosen, slots = _chosen(plan), model.dynamics.state.slots
+    chosen, slots = _chosen(plan, plan.samples), model.dynamics.state.slots
     variance = roll.variance(model, chosen) if chosen and slots.shape[0] > 1 else 0.0
     rolled = roll.forward(model, steps, plan.stages, plan.columns, plan.tolerance, plan.midpoint, variance)
-    h, fewer, missed, paths = roll.backward(model, rolled, plan.columns, plan.tolerance)
-    extra = doubt = np.zeros_like(h)
-    if plan.noise is not None:
-        epoch = len(plan.batches or ()) if plan.noise == "epoch" else None
-        last, theta, rough = rolled.stages[-1][0], rolled.end.theta, plan.tolerance > 0
-        extra, doubt = noise.correction(model, last, theta, steps, chosen, epoch, plan.depth, rough)
-        doubt = doubt + NOISE_DOUBT * np.abs(extra)
+    h, fewer, missed, paths, pulls = roll.backward(model, rolled, plan.columns, plan.tolerance)
+    extra, doubt = _noise(model, plan, steps, rolled, pulls)
     value = h + extra
     size = _rms(value) or 1.0
     error = np.sqrt((h - fewer) ** 2 + (sum(rolled.defects) * size) ** 2 + doubt**2)
@@ -242,6 +239,19 @@ def _rolled(model: Model, plan: Settings, steps: int, now: Array) -> Forecast:
     )
 
 
+def _noise(model: Model, plan: Settings, steps: int, rolled: roll.Rolled, pulls: list[Array]) -> tuple[Array, Array]:
+    """(q,) what the noise of the batches adds to h, and its error."""
+    if plan.noise is None:
+        return np.zeros(model.space.q), np.zeros(model.space.q)
+    epoch = len(plan.batches or ()) if plan.noise == "epoch" else None
+    stages, some = [stage for stage, _ in rolled.stages], _chosen(plan, BATCHES * plan.samples)
+    how = plan.samples, plan.depth, plan.seed, plan.tolerance > 0
+    around = noise.measured(model, stages[-1], rolled.end.theta, some, epoch, *how)
+    raised, doubt = noise.correction(model, around, steps)
+    pulled = drift.pull(model, around, list(zip(stages, pulls, strict=True)))
+    return raised + pulled, doubt + NOISE_DOUBT * np.hypot(raised, pulled)
+
+
 def _current(now: Array, accepted: bool, reason: str) -> Forecast:
     error = np.zeros_like(now) if accepted else np.full_like(now, np.inf)
     return Forecast(now, error, accepted, reason, "krylov", 0.0, 0.0, now.copy(), outers=1)
@@ -266,8 +276,8 @@ def _check_batches(call: str, noise_kind: str | None, batches: Sequence[Any] | N
         )
 
 
-def _chosen(plan: Settings) -> list[Any]:
-    """The batches that stand for the noise."""
+def _chosen(plan: Settings, most: int) -> list[Any]:
+    """The batches that stand for the noise, so many at most."""
     batches = plan.batches or []
-    chosen = np.random.default_rng(plan.seed).permutation(len(batches))[: plan.samples]
+    chosen = np.random.default_rng(plan.seed).permutation(len(batches))[:most]
     return [batches[i] for i in sorted(chosen)]

@@ -71,6 +71,11 @@ class Model:
             np.float64
         )
 
+    def hvp(self, theta: Array, v: Array, t: int, batch: Any) -> Array:
+        """(p,) Hessian of the inner loss on a batch times v (p,)."""
+        self.hvps += 1
+        return self._grads(theta, v[None], t, batch).dG[0].astype(np.float64)
+
     def curvature(self, theta: Array, t: int, rough: bool) -> Callable[[Array], Array]:
         """V (n, p) -> (n, p), the Hessian of the inner loss times each row; training is linearised once, in single
         precision where that will do and the model can."""

@@ -127,26 +127,36 @@ def squared(before: Stage, here: State, gradient: Array, model: Model, variance:
     return here._replace(square=square, mean=mean)
 
 
-def backward(model: Model, rolled: Rolled, columns: int, tolerance: float) -> tuple[Array, Array, float, list[Path]]:
-    """(q,) the outer loss's derivative at the horizon, through all that happens after now and all that happened before; the
-    same from fewer columns, at no product more; what the frozen gradients' mismatches add to the outer loss; and each
-    stage's way in its final basis."""
+class Swept(NamedTuple):
+    """What the adjoint tells."""
+
+    h: Array  # (q,) derivative of the outer loss at the horizon, through all that happens after now and happened before
+    fewer: Array  # (q,) the same from fewer columns, at no product more
+    missed: float  # what the frozen gradients' mismatches add to the outer loss
+    paths: list[Path]  # each stage's way in its final basis
+    pulls: list[Array]  # (p,) of each stage, the sum over its steps of the adjoint of the gradient
+
+
+def backward(model: Model, rolled: Rolled, columns: int, tolerance: float) -> Swept:
+    """The adjoint of the outer loss, from the horizon to now."""
     p = model.dynamics.state.theta.size
     dE, direct = model.outer(rolled.end.theta, rolled.end.t)
     h, fewer = direct.copy(), direct.copy()
     adjoint = rough = Adjoint(dE, np.zeros(p))
-    paths, missed, gradient = [], 0.0, rolled.gradient
+    paths, pulls, missed, gradient = [], [], 0.0, rolled.gradient
     for stage, there in reversed(rolled.stages):
         basis = stages.grown(stage, model, adjoint, split(columns, p)[1], min(LOOSE * tolerance, 0.9))
         way = stages.path(stage, model, basis)
         before, optimizer, D = stages.back(stage, model, way, basis, adjoint)
-        missed += (way.U @ D[..., -1].ravel()) @ (basis.Q @ stages.mismatch(stage, model, there, gradient))
+        pull = way.U @ D[..., -1].ravel()
+        missed += pull @ (basis.Q @ stages.mismatch(stage, model, there, gradient))
         coarse = stages.thinned(stage, model, way, fewer_columns(len(basis.Q), len(stage.basis.Q)))
         rough, optimizer_fewer, _ = stages.back(stage, model, coarse, basis, rough)
         loss = stages.mixed(stage, model, way, basis, D, MIXED if tolerance else 0.0) if model.dynamics.loss_names else 0.0
         h, fewer, adjoint, gradient = h + optimizer + loss, fewer + optimizer_fewer + loss, before, stage.gradient
         paths.append(way)
-    return h + past(model, adjoint), fewer + past(model, rough), float(missed), paths[::-1]
+        pulls.append(stage.scale * (pull @ basis.Q))
+    return Swept(h + past(model, adjoint), fewer + past(model, rough), float(missed), paths[::-1], pulls[::-1])
 
 
 def fewer_columns(m: int, own: int) -> Array:

@@ -122,6 +122,25 @@ def test_mnist_repeats_settings_with_other_weights_and_orders(mnist, monkeypatch
     assert len({seed for _, seed, _ in seen} - {2}) == 3
 
 
+@pytest.mark.parametrize(("optimizer", "start"), [("sgd", (0.25, 0.5, 1e-5)), ("adam", (0.05, 0.9, 1e-5))])
+def test_mnist_begins_at_the_effective_rate_that_the_search_found(mnist, monkeypatch, optimizer, start):
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def fake(model, optimizer, hyper, *_, **settings):
+        seen.append(hyper)
+        raise Stop
+
+    monkeypatch.setitem(mnist["tuned"].__globals__, "search", lambda *_: ((0.05, 0.9, 1e-5), None))
+    monkeypatch.setitem(mnist["tuned"].__globals__, "hypergradients", fake)
+    sets = [(torch.zeros(40, 1, 28, 28), torch.zeros(40))]
+    with pytest.raises(Stop):
+        mnist["tuned"](None, optimizer, 1.0, sets, mnist["Budget"](8, 2, 5, 10), 0, "")
+    assert seen[0] == pytest.approx(start)
+
+
 def test_mnist_trains_with_an_lr_that_falls_to_zero(mnist, monkeypatch):
     """The untuned run's steps are those of torch's own linear scheduler."""
     torch.manual_seed(1)

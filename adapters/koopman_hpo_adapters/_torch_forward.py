@@ -33,12 +33,11 @@ class Walk:
         self._root = loss.grad_fn
         self._leaves: list[Any] = []
         self._nodes: list[Any] = []
-        for node in _in_order(self._root):
-            rule = RULES.get(type(node).__name__)
+        for node, rule, before in _in_order(self._root):
             if rule is None:
                 self._leaves.append(node)
             else:
-                self._nodes.append((node, rule, [f for f, _ in node.next_functions]))
+                self._nodes.append((node, rule, before))
         self.edges = [GradientEdge(node, 0) for node, rule, _ in self._nodes if rule.curved]
         self.width = sum(math.prod(edge.node._input_metadata[0].shape) for edge in self.edges)
 
@@ -71,25 +70,31 @@ class Walk:
         return {id(leaf.variable): d[leaf] for leaf in self._leaves if leaf in d}
 
 
-def _in_order(root: Any) -> list[Any]:
-    """All nodes from root down, each after those it depends on."""
-    order, seen, stack = [], {root}, [(root, iter(_inputs(root)))]
+def _in_order(root: Any) -> list[tuple[Any, Any, list[Any]]]:
+    """All nodes from root down, each after those it depends on, with its rule, None of a leaf, and those.
+
+    Raises:
+      Unknown: a node has no rule.
+    """
+    order, seen, stack = [], {root}, [_opened(root)]
     while stack:
-        node, rest = stack[-1]
+        node, rule, before, rest = stack[-1]
         for after in rest:
-            if after not in seen:
+            if after is not None and after not in seen:
                 seen.add(after)
-                stack.append((after, iter(_inputs(after))))
+                stack.append(_opened(after))
                 break
         else:
-            order.append(node)
+            order.append((node, rule, before))
             stack.pop()
     return order
 
 
-def _inputs(node: Any) -> list[Any]:
-    """The nodes that a node depends on; raises Unknown where it has no rule."""
+def _opened(node: Any) -> tuple[Any, Any, list[Any], Any]:
+    """A node, its rule, the nodes that it depends on (None for a constant), and a way through these."""
     kind = type(node).__name__
-    if kind not in RULES and kind != "AccumulateGrad":
+    rule = RULES.get(kind)
+    if rule is None and kind != "AccumulateGrad":
         raise Unknown
-    return [f for f, _ in node.next_functions if f is not None]
+    before = [f for f, _ in node.next_functions]
+    return node, rule, before, iter(before)

@@ -10,7 +10,7 @@ import torch
 
 from ._torch_rule import RULES, Pull, Push, Rule, Tangent, Unknown, curved, lift, linear, plus, shape_of, signed, sum_to
 
-_index_put = torch.ops.aten.index_put_.default
+_index_put, _tanh_backward = torch.ops.aten.index_put_.default, torch.ops.aten.tanh_backward.default
 
 
 # -- element by element --------------------------------------------------------------------------------------------------
@@ -29,11 +29,6 @@ def _unary(name: str, saved: str, slopes: Callable[[Any, Any], tuple[Any, Any]])
         return lambda: dx * slope, pull
 
     RULES[name] = Rule(rule, True)
-
-
-def _tanh(y: torch.Tensor, node: Any) -> Any:
-    slope = (y * y).neg_().add_(1)
-    return slope, (y * slope).mul_(-2)
 
 
 def _sigmoid(y: torch.Tensor, node: Any) -> Any:
@@ -60,7 +55,6 @@ def _pow(x: torch.Tensor, node: Any) -> Any:
     return n * x ** (n - 1), n * (n - 1) * x ** (n - 2)
 
 
-_unary("TanhBackward0", "_saved_result", _tanh)
 _unary("SigmoidBackward0", "_saved_result", _sigmoid)
 _unary("ExpBackward0", "_saved_result", lambda y, node: (y, y))
 _unary("LogBackward0", "_saved_self", lambda x, node: (1 / x, -1 / (x * x)))
@@ -68,6 +62,19 @@ _unary("ReciprocalBackward0", "_saved_result", lambda y, node: (-y * y, 2 * y**3
 _unary("SiluBackward0", "_saved_self", _silu)
 _unary("GeluBackward0", "_saved_self", _gelu)
 _unary("PowBackward0", "_saved_self", _pow)
+
+
+@curved("TanhBackward0")
+def _tanh(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
+    (dx,), y = moved, node._saved_result
+
+    def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
+        bent = y * _tanh_backward(g, y)  # f'' is -2 y f'
+        if dg is None:
+            return (dx * bent.mul_(-2),)
+        return (_tanh_backward(dg, y).addcmul_(dx, bent, value=-2),)
+
+    return lambda: _tanh_backward(dx, y), pull
 
 
 @curved("MulBackward0")

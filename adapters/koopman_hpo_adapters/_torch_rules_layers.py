@@ -26,6 +26,7 @@ from ._torch_rule import (
 
 _aten = torch.ops.aten
 _convolution_backward, _nll_loss_backward = _aten.convolution_backward.default, _aten.nll_loss_backward.default
+_log_softmax_backward = _aten._log_softmax_backward_data.default
 _threshold_backward, _avg_pool2d_backward = _aten.threshold_backward.default, _aten.avg_pool2d_backward.default
 
 
@@ -61,7 +62,7 @@ def _product(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
         elif dx is not None and dg is not None:
             gx = of_examples(examples(dg) @ w.t(), q)
         if dw is not None and dg is not None:
-            gw = of_features(x.t() @ features(dg), q)
+            gw = (features(dg).t() @ x).view(q, -1, x.shape[1]).transpose(1, 2)  # as a weight that is transposed lies
         if dw is not None and dx is not None:
             gw = plus(gw, torch.matmul(g.t(), dx).transpose(1, 2))
         return *[None if db is None or dg is None else dg.sum(1)] * len(bias), gx, gw
@@ -157,8 +158,10 @@ def _log_softmax(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
     dy = dx - (share * dx).sum(dim, keepdim=True)
 
     def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
-        d = dy * (share * -g.sum(dim, keepdim=True))
-        return (d if dg is None else d.add_(dg).addcmul_(share, dg.sum(dim, keepdim=True), value=-1),)
+        bent = share * g.sum(dim, keepdim=True)
+        if dg is None:
+            return (dy * bent.neg_(),)
+        return (_log_softmax_backward(dg, y.expand_as(dg), dim, y.dtype).addcmul_(dy, bent, value=-1),)
 
     return lambda: dy, pull
 

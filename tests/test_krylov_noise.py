@@ -87,7 +87,7 @@ def settled(batches, samples, seed=0, size=4, lr=0.1):
     model = Model(run.dynamics(), run.space, None, None, None)
     rolled = roll.forward(model, 50, 6, size, 0.0, True, 0.0)
     stages = [stage for stage, _ in rolled.stages]
-    return model, stages, noise.measured(model, stages[-1], rolled.end.theta, batches, None, samples, size, seed, False)
+    return model, stages, noise.measured(model, rolled, batches, None, samples, size, seed, False)
 
 
 def test_each_stage_pulls_with_the_covariance_that_it_has_by_then():

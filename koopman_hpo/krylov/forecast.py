@@ -244,9 +244,8 @@ def _noise(model: Model, plan: Settings, steps: int, rolled: roll.Rolled, pulls:
     if plan.noise is None:
         return np.zeros(model.space.q), np.zeros(model.space.q)
     epoch = len(plan.batches or ()) if plan.noise == "epoch" else None
-    stages, some = [stage for stage, _ in rolled.stages], _chosen(plan, BATCHES * plan.samples)
-    how = plan.samples, plan.depth, plan.seed, plan.tolerance > 0
-    around = noise.measured(model, stages[-1], rolled.end.theta, some, epoch, *how)
+    stages, some, rough = [stage for stage, _ in rolled.stages], _chosen(plan, BATCHES * plan.samples), plan.tolerance > 0
+    around = noise.measured(model, rolled, some, epoch, plan.samples, plan.depth, plan.seed, rough)
     raised, doubt = noise.correction(model, around, steps)
     pulled = drift.pull(model, around, list(zip(stages, pulls, strict=True)))
     return raised + pulled, doubt + NOISE_DOUBT * np.hypot(raised, pulled)

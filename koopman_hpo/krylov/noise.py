@@ -21,6 +21,7 @@ from ..problem import Array
 from . import frozen
 from .frozen import Coefficients, Small
 from .model import Model
+from .roll import Rolled
 from .stage import SAFETY, Stage, operator
 
 
@@ -57,25 +58,16 @@ class Noise(NamedTuple):
 
 
 def measured(
-    model: Model,
-    stage: Stage,
-    theta: Array,
-    batches: list[Any],
-    epoch: int | None,
-    samples: int,
-    depth: int,
-    seed: int,
-    rough: bool,
+    model: Model, rolled: Rolled, batches: list[Any], epoch: int | None, samples: int, depth: int, seed: int, rough: bool
 ) -> Noise:
     """The batches' noise at the horizon, where training is linearised for the whole way: most that is left there came last.
 
     More batches than samples are mixed, each sample a sum of all their deviations with random signs: on data that training
-    has nearly fitted, a few batches have most of the noise.  stage: the last; theta: (p,) at its end.
+    has nearly fitted, a few batches have most of the noise.
     """
-    t = stage.start.t + stage.steps
+    stage, theta, t = rolled.stages[-1][0], rolled.end.theta, rolled.end.t
     stage = stage._replace(centre=theta, middle=t, curvature=model.curvature(theta, t, rough))
-    mean = model.gradient(theta, t)
-    noise = stage.scale * np.array([model.gradient(theta, t, batch) - mean for batch in batches])
+    noise = stage.scale * np.array([model.gradient(theta, t, batch) - rolled.gradient for batch in batches])
     if len(batches) > samples:
         noise = signs(samples, len(batches), seed) @ noise / np.sqrt(len(batches))
     Q, images = spaces(noise, operator(stage, model), depth)

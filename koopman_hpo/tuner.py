@@ -160,10 +160,10 @@ class Tuner:
         value, phi = s.value, s.phi
         if self.mode == "restart" and best is not None:
             value, phi, params = best.value, best.phi, best.params
-        space = self.inner.space
-        hyper = learned = space.natural(phi)
+        space, at = self.inner.space, phi
         if self.mode == "online" and len(self.history):
-            learned = space.natural(space.clip(self.history.learned(s.value0)))
+            at = space.clip(self.history.learned(s.value0))
+        hyper, learned = space.natural(phi), space.natural(at)
         reason = s.reason or "not finished"
         return Result(params, hyper, phi.copy(), value, s.used, reason, self.history, best, learned)
 

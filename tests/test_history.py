@@ -66,7 +66,9 @@ def test_an_online_result_has_it_in_natural_values():
 
 
 def test_before_the_first_window_and_of_restarts_it_is_hyper():
-    assert (made := Tuner(run(), Local(), steps=200, window=10).result).learned == made.hyper
+    made = Tuner(run(), Local(), steps=200, window=10).result
+    assert made.learned == made.hyper
+    assert made.learned is not made.hyper  # neither follows where the other is changed
     result = Tuner(run(), Global(), steps=20, runs=3).fit(BATCHES, VAL)
     assert result.learned == result.hyper
     assert result.learned["lr"] != pytest.approx(1e-3)

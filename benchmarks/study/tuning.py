@@ -173,9 +173,12 @@ def goal_block(record: dict[str, Any]) -> str:
 def distance(record: dict[str, Any], setting: str, method: str) -> tuple[float, float]:
     """Shares: how far the worst start, on the mean over seeds, ends above 20 random runs, and what it loses to the best."""
     test = by_start(record, setting, method)
-    return float(test.mean(axis=0).max() / twenty(record, setting) - 1), float(
-        np.mean(test.max(axis=1) / test.min(axis=1) - 1)
-    )
+    return float(test.mean(axis=0).max() / twenty(record, setting) - 1), lost_to_best(test)
+
+
+def lost_to_best(test: np.ndarray) -> float:
+    """What the worst of each seed's runs loses to the best, mean over seeds; test losses (seeds, runs)."""
+    return float(np.mean(test.max(axis=1) / test.min(axis=1) - 1))
 
 
 def chance_block(record: dict[str, Any]) -> str:
@@ -183,7 +186,7 @@ def chance_block(record: dict[str, Any]) -> str:
     said = []
     for setting in measured(record):
         tests = np.array([[p.test for p in t] for t in traces(record, setting, AGAIN)])
-        said.append(f"{TASKS[setting].label} {100 * float(np.mean(tests.max(axis=1) / tests.min(axis=1) - 1)):.1f} %")
+        said.append(f"{TASKS[setting].label} {100 * lost_to_best(tests):.1f} %")
     return f"Search first, five times from lr {STARTS[2]:g} with other orders of the batches: {'; '.join(said)}."
 
 

@@ -33,7 +33,21 @@ def test_general_eigenvalues_are_those_of_lapack_in_exact_pairs(n, seed):
     np.testing.assert_array_equal(lam[up].conj(), lam[up + 1])
 
 
-@pytest.mark.parametrize("A", [np.roll(np.eye(5), 1, 0), np.zeros((4, 4)), np.diag([1.0, 1.0, 2.0]), np.eye(6, k=1)])
+CYCLES = np.array(  # under two shifts of its corner, which are real and of opposite sign
+    [
+        [0.77, -0.50, -0.13, 0.23, 0.36, -0.10],
+        [0.19, 0.81, -0.71, -0.08, -0.06, 0.23],
+        [0.0, 0.06, 0.95, 0.71, 1.12, -0.40],
+        [0.0, 0.0, -0.04, -0.73, -0.05, -0.05],
+        [0.0, 0.0, 0.0, 0.47, 0.29, -1.02],
+        [0.0, 0.0, 0.0, 0.0, -0.41, -0.09],
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    "A", [np.roll(np.eye(5), 1, 0), np.zeros((4, 4)), np.diag([1.0, 1.0, 2.0]), np.eye(6, k=1), CYCLES]
+)
 def test_general_eigenvalues_of_awkward_matrices(A):
     assert matched(poles.eigenvalues(A.copy()), np.linalg.eigvals(A)) < 1e-8
 

@@ -252,7 +252,10 @@ def sweep(H, lo, hi, s, t):
 
 @njit(cache=True, nogil=True)
 def francis(H, out):
-    """out (n,) <- eigenvalues of the Hessenberg matrix H, which is overwritten.  False: no convergence, or not finite."""
+    """out (n,) <- eigenvalues of the Hessenberg matrix H, which is overwritten.  False: no convergence, or not finite.
+
+    Shifts as in LAPACK's dlahqr.
+    """
     hi, tries = H.shape[0] - 1, 0
     while hi >= 0:
         lo = hi
@@ -273,6 +276,10 @@ def francis(H, out):
         else:
             a, b, c, d = H[hi - 1, hi - 1], H[hi - 1, hi], H[hi, hi - 1], H[hi, hi]
             s, t = a + d, a * d - b * c
+            if 0.25 * s * s >= t:  # two real shifts pull apart and may cycle: the one nearer to the corner, twice
+                one, two = two_by_two(a, b, c, d)
+                near = one.real if abs(one.real - d) <= abs(two.real - d) else two.real
+                s, t = 2.0 * near, near * near
             if tries % 10 == 9:  # a shift out of the ordinary breaks a cycle
                 s = 1.5 * (abs(c) + abs(H[hi - 1, hi - 2]))
                 t = (abs(c) + abs(H[hi - 1, hi - 2])) ** 2

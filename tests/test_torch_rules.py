@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from koopman_hpo import log
+from koopman_hpo.errors import AdapterError
 
 Q = 3
 LABELS = torch.tensor([0, 2, 1, 2, 0])
@@ -194,9 +195,9 @@ def test_chunks_give_the_same(chunk):
 
 def test_a_wide_network_is_pushed_in_pieces(monkeypatch):
     shapes, loss_of = LOSSES["linear, input moves"]
-    pieces, ahead = [], Walk.ahead
-    note = lambda walk, moved: pieces.append(len(next(iter(moved.values())))) or ahead(walk, moved)
-    monkeypatch.setattr(Walk, "ahead", note)
+    pieces, rows = [], Walk.rows
+    note = lambda walk, moved, **how: pieces.append(len(next(iter(moved.values())))) or rows(walk, moved, **how)
+    monkeypatch.setattr(Walk, "rows", note)
     inputs = leaves(*shapes)
     monkeypatch.setattr("koopman_hpo_adapters._torch_graph._ROOM", 2 * Walk(loss_of(*inputs)).width)
     assert check(loss_of, inputs) == FORWARD
@@ -240,6 +241,16 @@ def test_hooks_on_the_graph_are_left_to_double_backward():
     paths, want = follow(net(), lambda t, h: h)
     assert set(paths) == {FORWARD}
     np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_a_graph_that_torch_watches_for_anomalies_is_left_to_it():
+    with torch.autograd.detect_anomaly():
+        paths, got = follow(net(), lambda t, h: h)
+        assert FORWARD not in paths
+        with pytest.raises(AdapterError, match="returned nan values"):
+            follow(net(), lambda t, h: h + (h - h).clamp(min=0).sqrt())
+    np.testing.assert_allclose(got, follow(net(), lambda t, h: h)[1], rtol=1e-12)
 
 
 def test_a_hook_costs_its_own_step_only():

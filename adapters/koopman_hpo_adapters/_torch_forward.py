@@ -1,17 +1,16 @@
-"""Forward over reverse on a user's own PyTorch graph: the tangents of its gradient, all directions at once.
+"""Forward over reverse on a user's own PyTorch graph: its gradient and the tangents of that, all directions at once.
 
-The graph that torch recorded is walked twice: tangents of the layers' outputs from the parameters to the loss, and
-tangents of their adjoints back.  The adjoints themselves are torch's, taken on its own way through the graph.
+The graph that torch recorded is walked twice: tangents of the layers' outputs from the parameters to the loss, and back
+the adjoints with their tangents.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge
 
 from ._torch_rules import RULES, Unknown
 
@@ -22,15 +21,14 @@ class Walk:
     """The nodes of a loss graph, inputs first.
 
     Attributes:
-      edges: where the nodes that are not linear have their adjoints: what to ask torch for beside the gradient.
-      width: elements of these nodes' outputs, which is about what one direction takes in memory.
+      width: elements of the outputs of the nodes that are not linear, which is about what one direction takes in memory.
 
     Raises:
       Unknown: a node has no rule.
     """
 
     def __init__(self, loss: torch.Tensor):
-        self._root = loss.grad_fn
+        self._root, self._like = loss.grad_fn, loss.detach()
         self._leaves: list[Any] = []
         self._nodes: list[Any] = []
         for node, rule, before in _in_order(self._root):
@@ -38,36 +36,48 @@ class Walk:
                 self._leaves.append(node)
             else:
                 self._nodes.append((node, rule, before))
-        self.edges = [GradientEdge(node, 0) for node, rule, _ in self._nodes if rule.curved]
-        self.width = sum(math.prod(edge.node._input_metadata[0].shape) for edge in self.edges)
+        self._kept: dict[Any, torch.Tensor] = {}
+        self.width = sum(math.prod(node._input_metadata[0].shape) for node, rule, _ in self._nodes if rule.curved)
 
-    def ahead(self, moved: Mapping[int, torch.Tensor]) -> list[Any]:
-        """Tangents up to the loss, for {id(leaf): (q, *shape) its tangents}; returns what `back` needs.
+    def rows(self, moved: Mapping[int, torch.Tensor], *, first: bool, more: bool = False) -> dict[int, torch.Tensor]:
+        """For {id(leaf): (q, *shape) its tangents} {id(leaf): (1 + q, *shape) its gradient and the tangents of that}.
+
+        A leaf that the loss does not reach is missing.  Where the directions come in pieces, all but the `first` give the
+        tangents alone, (q, *shape), from the nodes' adjoints, which are kept as long as there is `more` to come.
 
         Raises:
           Unknown: a node has no rule for this use of it.
         """
+        q = len(next(iter(moved.values())))
+        d = {self._root: self._like.new_zeros(first + q)}
+        if first:
+            d[self._root][0] = 1
+        for node, before, back, bend in reversed(self._ahead(moved)):
+            mine = d.pop(node)
+            found = back(mine)
+            if bend is not None:
+                g = mine[0] if first else self._kept[node]
+                bend(g, [None if x is None else x[first:] for x in found])
+                if first and more:
+                    self._kept[node] = g.clone()
+            for f, x in zip(before, found, strict=True):
+                if x is not None:
+                    d[f] = d[f] + x if f in d else x
+        return {id(leaf.variable): d[leaf] for leaf in self._leaves if leaf in d}
+
+    def _ahead(self, moved: Mapping[int, torch.Tensor]) -> list[Any]:
+        """Tangents up to the loss; returns the ways back."""
         d: dict[Any, Any] = {leaf: moved.get(id(leaf.variable)) for leaf in self._leaves}
-        pulls = []
+        ways = []
         for node, rule, before in self._nodes:
             inputs = [None if f is None else d[f] for f in before]
             if all(x is None for x in inputs):
                 d[node] = None
                 continue
-            push, pull = rule.of(node, inputs)
-            pulls.append((node, before, pull))
+            push, back, bend = rule.of(node, inputs)
+            ways.append((node, before, back, bend))
             d[node] = None if node is self._root else push()
-        return pulls
-
-    def back(self, pulls: list[Any], adjoints: Iterable[torch.Tensor | None]) -> dict[int, torch.Tensor]:
-        """{id(leaf): (q, *shape)} tangents of the gradient, from adjoints at `edges`; a leaf that is missing has none."""
-        found = dict(zip((edge.node for edge in self.edges), adjoints, strict=True))
-        d: dict[Any, Any] = {}
-        for node, before, pull in reversed(pulls):
-            for f, x in zip(before, pull(found.get(node), d.pop(node, None)), strict=True):
-                if x is not None:
-                    d[f] = d[f] + x if f in d else x
-        return {id(leaf.variable): d[leaf] for leaf in self._leaves if leaf in d}
+        return ways
 
 
 def _in_order(root: Any) -> list[tuple[Any, Any, list[Any]]]:

@@ -64,24 +64,28 @@ class Graph:
 
     @torch.no_grad()
     def _forward(self, loss: torch.Tensor, along: Columns, out: Columns) -> Grads | None:
-        """The same by forward over reverse, or None where that does not know the graph."""
-        if self.handles != RemovableHandle.next_id or self._dtypes != {loss.dtype}:
+        """The same by forward over reverse, or None where that does not know the graph, or torch is to watch it."""
+        if self.handles != RemovableHandle.next_id or self._dtypes != {loss.dtype} or torch.is_anomaly_enabled():
             return None
-        n, grads = len(self.inputs), None
+        grads: Grads = []
         try:
             walk = Walk(loss)
-            for into, moved in _pieces(self._chunk or max(1, _ROOM // self._weight(walk, out)), out, along):
-                pulls = walk.ahead({id(i): m.to(i.dtype) for i, m in zip(self.inputs, moved, strict=True)})
-                grads = grads or self.gradient(loss, walk.edges, keep=True)
-                found = walk.back(pulls, grads[n:])
-                write(into, [found.get(id(i)) for i in self.inputs[: len(into)]])
+            pieces = list(_pieces(self._chunk or max(1, _ROOM // self._weight(walk, out)), out, along))
+            for n, (into, moved) in enumerate(pieces):
+                tangents = {id(i): m.to(i.dtype) for i, m in zip(self.inputs, moved, strict=True)}
+                found = walk.rows(tangents, first=n == 0, more=n + 1 < len(pieces))
+                rows = [found.get(id(i)) for i in self.inputs]
+                if n == 0:
+                    grads = [None if r is None else r[0] for r in rows]
+                    rows = [None if r is None else r[1:] for r in rows]
+                write(into, rows[: len(into)])
         except Unknown:
             return None
         except RuntimeError:
             self.gradient(loss)  # raises with what to do, where the graph is at fault
             raise
         self.say(FORWARD)
-        return grads and grads[:n]
+        return grads
 
     def _weight(self, walk: Walk, out: Columns) -> int:
         """Elements that one direction takes on its way: of the graph, and of tangents that are kept in less than they weigh
@@ -102,13 +106,13 @@ class Graph:
         finally:
             self.handles += RemovableHandle.next_id - before
 
-    def gradient(self, loss: torch.Tensor, also: Sequence[Any] = (), *, double: bool = False, keep: bool = False) -> Grads:
-        """Gradients along `inputs` and `also`, tensors or edges; None where the loss does not depend on one."""
+    def gradient(self, loss: torch.Tensor, also: Sequence[torch.Tensor] = (), *, double: bool = False) -> Grads:
+        """Gradients along `inputs` and `also`; None where the loss does not depend on one."""
         if double:
             _refuse_once(loss.grad_fn)
         one = self._one if loss.dtype == self._one.dtype else torch.ones_like(loss)
         with _explained():
-            grads = _pull((loss,), (one,), (*self.inputs, *also), double or keep, double)
+            grads = _pull((loss,), (one,), (*self.inputs, *also), double, double)
         for g in grads:
             if g is not None and g.layout != torch.strided:
                 raise AdapterError("HyperOptimizer.step: a gradient is sparse. Make the embedding with sparse=False.")

@@ -2,9 +2,11 @@
 
 A rule takes a node and its inputs' tangents, (q, *shape) each or None for what does not move, and returns
   push() -> the tangent of its output,
-  pull(g, dg) -> the tangents of its inputs' adjoints, from its output's adjoint g and the tangent dg of that (None: zero).
-For `y = f(x)`, adjoint `f'(x)^T g`, these are `f'(x) dx` and `f'(x)^T dg + (f''(x) dx)^T g`; a linear node lacks the
-second part and does not ask for g.  Nodes that have rules have one output.
+  back(rows) -> its inputs' adjoints, from n of its output's, (n, *shape): `f'(x)^T` applied to each row,
+  bend(g, found): adds `(f''(x) dx)^T g` to the last q rows of each, in place; None of a linear node.
+For `y = f(x)` with the adjoint g the inputs' is `f'(x)^T g` and its tangent `f'(x)^T dg + (f''(x) dx)^T g`: the adjoint and
+its q tangents go back as rows together.  What `back` gives is new memory wherever there is a bend.  Nodes that have rules
+have one output.
 
 All q directions pass at once: a weight's as more output features, an input's as more examples.  So the examples lie
 outermost in memory, though q is the first dimension everywhere.
@@ -21,7 +23,9 @@ import torch
 
 Tangent = Any  # (q, *shape), or None
 Push = Callable[[], torch.Tensor]
-Pull = Callable[[Any, Tangent], Sequence[Tangent]]
+Back = Callable[[torch.Tensor], Sequence[Tangent]]
+Bend = Callable[[torch.Tensor, Sequence[Tangent]], None] | None
+Ways = tuple[Push, Back, Bend]
 
 
 class Unknown(Exception):
@@ -31,8 +35,8 @@ class Unknown(Exception):
 class Rule(NamedTuple):
     """How tangents pass a kind of node."""
 
-    of: Callable[[Any, Sequence[Tangent]], tuple[Push, Pull]]
-    curved: bool  # whether pull asks for g
+    of: Callable[[Any, Sequence[Tangent]], Ways]
+    curved: bool  # whether it may bend
 
 
 RULES: dict[str, Rule] = {}
@@ -47,12 +51,12 @@ def curved(*names: str) -> Callable[[Any], Any]:
 
 
 def linear(*names: str) -> Callable[[Any], Any]:
-    """For linear nodes of one input: (node, q) -> (what takes a tangent ahead, what takes an adjoint's back)."""
+    """For linear nodes of one input: node -> (what takes tangents ahead, what takes adjoints back), row by row."""
 
     def enter(rule: Any) -> Any:
-        def of(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
-            ahead, back = rule(node, moved[0].shape[0])
-            return lambda: ahead(moved[0]), lambda g, dg: (None if dg is None else back(dg),)
+        def of(node: Any, moved: Sequence[Tangent]) -> Ways:
+            ahead, back = rule(node)
+            return lambda: ahead(moved[0]), lambda rows: (back(rows),), None
 
         RULES.update(dict.fromkeys(names, Rule(of, False)))
         return rule

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ._torch_rule import RULES, Pull, Push, Rule, Tangent, Unknown, curved, lift, linear, plus, shape_of, signed, sum_to
+from ._torch_rule import RULES, Rule, Tangent, Unknown, Ways, curved, lift, linear, plus, shape_of, signed, sum_to
 
 _index_put, _tanh_backward = torch.ops.aten.index_put_.default, torch.ops.aten.tanh_backward.default
 
@@ -19,14 +19,13 @@ _index_put, _tanh_backward = torch.ops.aten.index_put_.default, torch.ops.aten.t
 def _unary(name: str, saved: str, slopes: Callable[[Any, Any], tuple[Any, Any]]) -> None:
     """slopes: (saved tensor, node) -> f', f''."""
 
-    def rule(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
+    def rule(node: Any, moved: Sequence[Tangent]) -> Ways:
         (dx,), (slope, curvature) = moved, slopes(getattr(node, saved), node)
 
-        def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
-            d = dx * (curvature * g)
-            return (d if dg is None else d.addcmul_(slope, dg),)
+        def bend(g: torch.Tensor, found: Sequence[Tangent]) -> None:
+            found[0].addcmul_(dx, curvature * g)
 
-        return lambda: dx * slope, pull
+        return lambda: dx * slope, lambda rows: (rows * slope,), bend
 
     RULES[name] = Rule(rule, True)
 
@@ -65,41 +64,40 @@ _unary("PowBackward0", "_saved_self", _pow)
 
 
 @curved("TanhBackward0")
-def _tanh(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
-    (dx,), y = moved, node._saved_result
+def _tanh(node: Any, moved: Sequence[Tangent]) -> Ways:
+    y = node._saved_result
+    dy = _tanh_backward(moved[0], y)
 
-    def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
-        bent = y * _tanh_backward(g, y)  # f'' is -2 y f'
-        if dg is None:
-            return (dx * bent.mul_(-2),)
-        return (_tanh_backward(dg, y).addcmul_(dx, bent, value=-2),)
+    def bend(g: torch.Tensor, found: Sequence[Tangent]) -> None:
+        found[0].addcmul_(dy, y * g, value=-2)  # f'' is -2 y f'
 
-    return lambda: _tanh_backward(dx, y), pull
+    return lambda: dy, lambda rows: (_tanh_backward(rows, y),), bend
 
 
 @curved("MulBackward0")
-def _mul(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
+def _mul(node: Any, moved: Sequence[Tangent]) -> Ways:
     factors, dims = (node._saved_other, node._saved_self), len(shape_of(node))
     wide = [None if d is None else lift(d, dims) for d in moved]
     times = lambda d, a: None if d is None else d * a
 
-    def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
-        found: list[Tangent] = [None, None]
-        for i in (i for i in (0, 1) if moved[i] is not None):
-            d = plus(times(dg, factors[i]), times(wide[1 - i], g))
-            found[i] = None if d is None else sum_to(d, shape_of(node, i))
-        return found
+    def back(rows: torch.Tensor) -> Sequence[Tangent]:
+        return [None if d is None else sum_to(rows * factors[i], shape_of(node, i)) for i, d in enumerate(moved)]
+
+    def bend(g: torch.Tensor, found: Sequence[Tangent]) -> None:
+        for i, (into, other) in enumerate(zip(found, reversed(wide), strict=True)):
+            if into is not None and other is not None:
+                into.add_(sum_to(other * g, shape_of(node, i)))
 
     def push() -> torch.Tensor:
         dy = plus(*(times(d, a) for d, a in zip(wide, factors, strict=True)))
         assert dy is not None
         return dy
 
-    return push, pull
+    return push, back, bend
 
 
 @curved("DivBackward0")
-def _div(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
+def _div(node: Any, moved: Sequence[Tangent]) -> Ways:
     top, bottom, dims = node._saved_self, node._saved_other, len(shape_of(node))
     da, db = (None if d is None else lift(d, dims) for d in moved)
     fall = None if db is None else db / bottom  # the relative move of the denominator
@@ -109,37 +107,36 @@ def _div(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
         assert dy is not None
         return dy
 
-    def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
-        first = plus(None if dg is None else dg / bottom, None if fall is None else fall * (-g / bottom))
-        found: list[Tangent] = [None, None]
-        if da is not None and first is not None:
-            found[0] = sum_to(first, shape_of(node, 0))
-        if fall is not None and first is not None:
-            slope = top / bottom
-            d = plus(fall * (slope * g / bottom) - first * slope, None if da is None else da * (-g / (bottom * bottom)))
-            found[1] = None if d is None else sum_to(d, shape_of(node, 1))
-        return found
+    def back(rows: torch.Tensor) -> Sequence[Tangent]:
+        first = rows / bottom
+        second = None if fall is None else sum_to(first * (-top / bottom), shape_of(node, 1))
+        return None if da is None else sum_to(first, shape_of(node, 0)), second
 
-    return push, pull
+    def bend(g: torch.Tensor, found: Sequence[Tangent]) -> None:
+        slope = -g / bottom
+        if da is not None and fall is not None:
+            found[0].add_(sum_to(fall * slope, shape_of(node, 0)))
+        if fall is not None:
+            d = plus(fall * (-2 * slope * top / bottom), None if da is None else da * (slope / bottom))
+            found[1].add_(sum_to(d, shape_of(node, 1)))
+
+    return push, back, bend
 
 
 def _weighted(name: str, weights: Callable[[Any], Sequence[Any]]) -> None:
     """A node that sums its inputs, each under what does not move: node -> functions of a tangent, one an input."""
 
-    def rule(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
+    def rule(node: Any, moved: Sequence[Tangent]) -> Ways:
         times, shape = weights(node), shape_of(node)
 
         def push() -> torch.Tensor:
             terms = [by(lift(d, len(shape))) for d, by in zip(moved, times, strict=False) if d is not None]
             return sum(terms[1:], terms[0]).expand(-1, *shape)
 
-        def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
-            found: list[Tangent] = [None] * len(moved)
-            for i in (i for i, d in enumerate(moved) if d is not None and dg is not None):
-                found[i] = sum_to(times[i](dg), shape_of(node, i))
-            return found
+        def back(rows: torch.Tensor) -> Sequence[Tangent]:
+            return [None if d is None else sum_to(times[i](rows), shape_of(node, i)) for i, d in enumerate(moved)]
 
-        return push, pull
+        return push, back, None
 
     RULES[name] = Rule(rule, False)
 
@@ -160,39 +157,38 @@ _weighted("CloneBackward0", lambda node: (_by(1),))
 
 
 @linear("ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "SqueezeBackward1")
-def _view(node: Any, q: int) -> Any:
+def _view(node: Any) -> Any:
     before, after = shape_of(node, 0), shape_of(node)
-    return lambda d: d.reshape(q, *after), lambda d: d.reshape(q, *before)
+    return lambda d: d.reshape(len(d), *after), lambda rows: rows.reshape(len(rows), *before)
 
 
 @linear("TBackward0")
-def _t(node: Any, q: int) -> Any:
+def _t(node: Any) -> Any:
     turn = lambda d: d.transpose(-2, -1)
     return turn, turn
 
 
 @linear("IndexBackward0")
-def _index(node: Any, q: int) -> Any:
+def _index(node: Any) -> Any:
     places, before = node._saved_indices, shape_of(node, 0)
     if len(places) > 1:  # where the indexed dimensions go is a matter of its own
         raise Unknown
 
-    def back(d: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros((q, *before), dtype=d.dtype, device=d.device)
-        return _index_put(out, [None, *places], d, True)
+    def back(rows: torch.Tensor) -> torch.Tensor:
+        return _index_put(rows.new_zeros((len(rows), *before)), [None, *places], rows, True)
 
     return lambda d: d[(slice(None), *places)], back
 
 
-def _reduced(node: Any, q: int, mean: bool) -> Any:
+def _reduced(node: Any, mean: bool) -> Any:
     """Sums or means, over some dimensions or all."""
     shape, after = node._saved_self_sym_sizes, shape_of(node)
     over = [signed(i) % len(shape) for i in getattr(node, "_saved_dim", ())] or list(range(len(shape)))
     kept = [1 if i in over else n for i, n in enumerate(shape)]
     scale = 1 / math.prod(shape[i] for i in over) if mean else 1
-    ahead = lambda d: (d.sum([i + 1 for i in over]) if over else d).reshape(q, *after) * scale
-    return ahead, lambda d: (d * scale).reshape(q, *kept).expand(q, *shape)
+    ahead = lambda d: (d.sum([i + 1 for i in over]) if over else d).reshape(len(d), *after) * scale
+    return ahead, lambda rows: (rows * scale).reshape(len(rows), *kept).expand(-1, *shape)
 
 
-linear("SumBackward0", "SumBackward1")(lambda node, q: _reduced(node, q, mean=False))
-linear("MeanBackward0", "MeanBackward1")(lambda node, q: _reduced(node, q, mean=True))
+linear("SumBackward0", "SumBackward1")(lambda node: _reduced(node, mean=False))
+linear("MeanBackward0", "MeanBackward1")(lambda node: _reduced(node, mean=True))

@@ -9,24 +9,21 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from ._torch_rule import (
-    Pull,
-    Push,
     Tangent,
     Unknown,
+    Ways,
     curved,
     examples,
     features,
     linear,
     of_examples,
     of_features,
-    plus,
     shape_of,
     signed,
 )
 
 _aten = torch.ops.aten
 _convolution_backward, _nll_loss_backward = _aten.convolution_backward.default, _aten.nll_loss_backward.default
-_log_softmax_backward = _aten._log_softmax_backward_data.default
 _threshold_backward, _avg_pool2d_backward = _aten.threshold_backward.default, _aten.avg_pool2d_backward.default
 
 
@@ -34,7 +31,7 @@ _threshold_backward, _avg_pool2d_backward = _aten.threshold_backward.default, _a
 
 
 @curved("AddmmBackward0", "MmBackward0")
-def _product(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
+def _product(node: Any, moved: Sequence[Tangent]) -> Ways:
     *bias, dx, dw = moved  # x (B, in) @ w (in, out) + bias (out,)
     db = bias[0] if bias else None
     if bias and (node._saved_alpha != 1 or node._saved_beta != 1 or (db is not None and (dw is None or db.dim() != 2))):
@@ -52,26 +49,22 @@ def _product(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
             dy.view(-1, w.shape[1]).addmm_(examples(dx), w)
         return of_features(dy, q)
 
-    def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
-        gx = gw = None
-        if dx is not None and dw is not None:
-            gx = g @ features(dw.transpose(1, 2))
-            if dg is not None:
-                gx.view(-1, w.shape[0]).addmm_(examples(dg), w.t())
-            gx = of_features(gx, q)
-        elif dx is not None and dg is not None:
-            gx = of_examples(examples(dg) @ w.t(), q)
-        if dw is not None and dg is not None:
-            gw = (features(dg).t() @ x).view(q, -1, x.shape[1]).transpose(1, 2)  # as a weight that is transposed lies
-        if dw is not None and dx is not None:
-            gw = plus(gw, torch.matmul(g.t(), dx).transpose(1, 2))
-        return *[None if db is None or dg is None else dg.sum(1)] * len(bias), gx, gw
+    def back(rows: torch.Tensor) -> Sequence[Tangent]:
+        gx = None if dx is None else of_examples(examples(rows) @ w.t(), len(rows))
+        gw = None if dw is None else (features(rows).t() @ x).view(len(rows), -1, x.shape[1]).transpose(1, 2)
+        return *[None if db is None else rows.sum(1)] * len(bias), gx, gw  # gw as a weight that is transposed lies
 
-    return push, pull
+    def bend(g: torch.Tensor, found: Sequence[Tangent]) -> None:
+        *_, gx, gw = found
+        if gx is not None and gw is not None:
+            gx.transpose(0, 1).view(len(g), -1).addmm_(g, features(dw.transpose(1, 2)))
+            gw.add_((g.t() @ features(dx)).view(g.shape[1], q, -1).permute(1, 2, 0))
+
+    return push, back, bend
 
 
 @curved("ConvolutionBackward0")
-def _convolution(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
+def _convolution(node: Any, moved: Sequence[Tangent]) -> Ways:
     dx, dw, db = moved
     if node._saved_transposed or node._saved_groups != 1 or (db is not None and dw is None):
         raise Unknown
@@ -87,60 +80,69 @@ def _convolution(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
         own = of_features(torch.convolution(x, wide, bias, *how), q)
         return own if dy is None else own.add_(dy)
 
-    def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
-        gx = gw = gb = None
-        if dg is not None and wide is not None:
-            mask = (False, True, db is not None)
-            _, gw, gb = _convolution_backward(features(dg), x, wide, [wide.shape[0]], *how, mask)
-            gw, gb = gw.view(dw.shape), None if db is None else gb.view(db.shape)
-        if dx is not None and dg is not None:
-            mask = (True, False, False)
-            gx = of_examples(_convolution_backward(examples(dg), examples(dx), w, None, *how, mask)[0], q)
-        if dx is not None and dw is not None:
-            mask = (True, True, False)
-            gx2, gw2, _ = _convolution_backward(g, features(dx), features(dw), None, *how, mask)
-            gx, gw = plus(gx, of_features(gx2, q)), plus(gw, of_features(gw2, q))
+    def back(rows: torch.Tensor) -> Sequence[Tangent]:
+        n, gx, gw, gb = len(rows), None, None, None
+        if dw is not None:
+            mask, like = (False, True, db is not None), w.new_empty(()).expand(n * w.shape[0], *w.shape[1:])
+            _, gw, gb = _convolution_backward(features(rows), x, like, [len(like)], *how, mask)
+            gw, gb = gw.view(n, *w.shape), None if db is None else gb.view(n, -1)
+        if dx is not None:
+            like, mask = x.new_empty(()).expand(len(x) * n, *x.shape[1:]), (True, False, False)
+            gx = of_examples(_convolution_backward(examples(rows), like, w, None, *how, mask)[0], n)
         return gx, gw, gb
 
-    return push, pull
+    def bend(g: torch.Tensor, found: Sequence[Tangent]) -> None:
+        gx, gw, _ = found
+        if gx is not None and gw is not None:
+            mask = (True, True, False)
+            gx2, gw2, _ = _convolution_backward(g, features(dx), features(dw), None, *how, mask)
+            gx.add_(of_features(gx2, q))
+            gw.add_(of_features(gw2, q))
+
+    return push, back, bend
 
 
 @linear("MaxPool2DWithIndicesBackward0")
-def _max_pool(node: Any, q: int) -> Any:
+def _max_pool(node: Any) -> Any:
     where, size = node._saved_result1, node._saved_self.shape[-2:]
     place = where.flatten(-2).unsqueeze(1)
-    place = place.expand(-1, q, *place.shape[2:])
+    places = lambda d: place.expand(-1, len(d), *place.shape[2:])
 
-    def back(d: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros((*place.shape[:-1], size.numel()), dtype=d.dtype, device=d.device)
-        out.scatter_add_(-1, place, d.flatten(-2).transpose(0, 1))
+    def back(rows: torch.Tensor) -> torch.Tensor:
+        at = places(rows)
+        out = rows.new_zeros((*at.shape[:-1], size.numel())).scatter_add_(-1, at, rows.flatten(-2).transpose(0, 1))
         return out.unflatten(-1, size).transpose(0, 1)
 
-    ahead = lambda d: d.flatten(-2).transpose(0, 1).gather(-1, place).unflatten(-1, where.shape[-2:]).transpose(0, 1)
+    def ahead(d: torch.Tensor) -> torch.Tensor:
+        return d.flatten(-2).transpose(0, 1).gather(-1, places(d)).unflatten(-1, where.shape[-2:]).transpose(0, 1)
+
     return ahead, back
 
 
 @linear("AvgPool2DBackward0")
-def _avg_pool(node: Any, q: int) -> Any:
+def _avg_pool(node: Any) -> Any:
     x = node._saved_self
     if x.dim() != 4:
         raise Unknown
     how: tuple[Any, ...] = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_ceil_mode)
     how += (node._saved_count_include_pad, node._saved_divisor_override)
-    like = x.new_empty((x.shape[0] * q, *x.shape[1:]))
-    back = lambda d: of_examples(_avg_pool2d_backward(examples(d), like, *how), q)
-    return lambda d: of_examples(avg_pool2d(examples(d), *how), q), back
+
+    def back(rows: torch.Tensor) -> torch.Tensor:
+        like = x.new_empty((len(x) * len(rows), *x.shape[1:]))
+        return of_examples(_avg_pool2d_backward(examples(rows), like, *how), len(rows))
+
+    return lambda d: of_examples(avg_pool2d(examples(d), *how), len(d)), back
 
 
 @linear("ReluBackward0")
-def _relu(node: Any, q: int) -> Any:
+def _relu(node: Any) -> Any:
     y = node._saved_result
     mask = lambda d: _threshold_backward(d, y, 0)
     return mask, mask
 
 
 @linear("MaskedFillBackward0")
-def _masked_fill(node: Any, q: int) -> Any:
+def _masked_fill(node: Any) -> Any:
     where = node._saved_mask
     if list(shape_of(node)) != list(shape_of(node, 0)):
         raise Unknown
@@ -152,22 +154,22 @@ def _masked_fill(node: Any, q: int) -> Any:
 
 
 @curved("LogSoftmaxBackward0")
-def _log_softmax(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
+def _log_softmax(node: Any, moved: Sequence[Tangent]) -> Ways:
     (dx,), y = moved, node._saved_result
     dim, share = signed(node._saved_dim) % y.dim() - y.dim(), y.exp()
     dy = dx - (share * dx).sum(dim, keepdim=True)
 
-    def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
-        bent = share * g.sum(dim, keepdim=True)
-        if dg is None:
-            return (dy * bent.neg_(),)
-        return (_log_softmax_backward(dg, y.expand_as(dg), dim, y.dtype).addcmul_(dy, bent, value=-1),)
+    def bend(g: torch.Tensor, found: Sequence[Tangent]) -> None:
+        found[0].addcmul_(dy, share * g.sum(dim, keepdim=True), value=-1)
 
-    return lambda: dy, pull
+    def back(rows: torch.Tensor) -> Sequence[Tangent]:
+        return (torch.addcmul(rows, share, rows.sum(dim, keepdim=True), value=-1),)
+
+    return lambda: dy, back, bend
 
 
 @linear("NllLossBackward0")
-def _nll(node: Any, q: int) -> Any:
+def _nll(node: Any) -> Any:
     x, target, reduction = node._saved_self, node._saved_target, node._saved_reduction
     if x.dim() != 2:
         raise Unknown
@@ -176,11 +178,11 @@ def _nll(node: Any, q: int) -> Any:
         one, x, target, node._saved_weight, reduction, signed(node._saved_ignore_index), node._saved_total_weight
     )
     ahead = lambda d: (d * slope).sum((1, 2) if reduction else 2)
-    return ahead, lambda d: slope * (d[:, None, None] if reduction else d[:, :, None])
+    return ahead, lambda rows: slope * (rows[:, None, None] if reduction else rows[:, :, None])
 
 
 @curved("MseLossBackward0")
-def _mse(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
+def _mse(node: Any, moved: Sequence[Tangent]) -> Ways:
     dx, target = moved
     if target is not None:
         raise Unknown
@@ -192,8 +194,10 @@ def _mse(node: Any, moved: Sequence[Tangent]) -> tuple[Push, Pull]:
         dy = dx * slope
         return dy if each else dy.flatten(1).sum(1) * scale
 
-    def pull(g: Any, dg: Tangent) -> Sequence[Tangent]:
-        d = dx * (2 * scale * g)
-        return d if dg is None else d + slope * scale * wide(dg, slope.dim()), None
+    def back(rows: torch.Tensor) -> Sequence[Tangent]:
+        return slope * scale * wide(rows, slope.dim()), None
 
-    return push, pull
+    def bend(g: torch.Tensor, found: Sequence[Tangent]) -> None:
+        found[0].add_(dx * (2 * scale * g))
+
+    return push, back, bend

@@ -76,7 +76,8 @@ class Graph:
                 found = walk.rows(tangents, first=n == 0, more=n + 1 < len(pieces))
                 rows = [found.get(id(i)) for i in self.inputs]
                 if n == 0:
-                    grads = [None if r is None else r[0] for r in rows]
+                    first = [None if r is None else r[0] for r in rows]
+                    grads = first if len(pieces) == 1 else [None if r is None else r.clone() for r in first]
                     rows = [None if r is None else r[1:] for r in rows]
                 write(into, rows[: len(into)])
         except Unknown:

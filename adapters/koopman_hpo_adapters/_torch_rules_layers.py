@@ -83,11 +83,11 @@ def _convolution(node: Any, moved: Sequence[Tangent]) -> Ways:
     def back(rows: torch.Tensor) -> Sequence[Tangent]:
         n, gx, gw, gb = len(rows), None, None, None
         if dw is not None:
-            mask, like = (False, True, db is not None), w.new_empty(()).expand(n * w.shape[0], *w.shape[1:])
+            mask, like = (False, True, db is not None), w.new_empty((n * w.shape[0], *w.shape[1:]))
             _, gw, gb = _convolution_backward(features(rows), x, like, [len(like)], *how, mask)
             gw, gb = gw.view(n, *w.shape), None if db is None else gb.view(n, -1)
         if dx is not None:
-            like, mask = x.new_empty(()).expand(len(x) * n, *x.shape[1:]), (True, False, False)
+            mask, like = (True, False, False), x.new_empty((len(x) * n, *x.shape[1:]))
             gx = of_examples(_convolution_backward(examples(rows), like, w, None, *how, mask)[0], n)
         return gx, gw, gb
 

@@ -163,6 +163,46 @@ def test_a_rule_agrees_with_double_backward(name):
     assert check(loss_of, leaves(*shapes)) == FORWARD
 
 
+# (a (5, 4), b (5, 4), s (4,), W (4, 4)) -> (5, 4): what views, shares, widens and reduces, to be mixed at random
+STEPS = [
+    lambda a, b, s, W: a + b,
+    lambda a, b, s, W: a - 0.5 * b,
+    lambda a, b, s, W: a * b,
+    lambda a, b, s, W: a * s + b.mean(0),
+    lambda a, b, s, W: a / (b * b + 1),
+    lambda a, b, s, W: torch.tanh(a @ W) + s,
+    lambda a, b, s, W: F.linear(a, W.t(), s),
+    lambda a, b, s, W: torch.sigmoid(a) * b.sum(1, keepdim=True) / 4,
+    lambda a, b, s, W: torch.log_softmax(a, 1) + b,
+    lambda a, b, s, W: a.t().reshape(5, 4) + b[LABELS],
+    lambda a, b, s, W: F.mse_loss(a, X, reduction="none") * 0.3 + a,
+    lambda a, b, s, W: a.reshape(2, 10).unsqueeze(0).squeeze(0).reshape(5, 4) * s.mean(),
+    lambda a, b, s, W: torch.relu(a - 0.1) + b.masked_fill(X > 0.5, 0.0),
+    lambda a, b, s, W: F.avg_pool2d((a * 1.0).view(1, 1, 5, 4), 3, 1, 1).view(5, 4) + F.silu(b),
+]
+
+
+def mixture(seed):
+    """A loss of five leaves through nine such steps, each of two tensors met before."""
+
+    def loss_of(x, y, s, u, W):
+        rng, met = np.random.default_rng(seed), [x, y]
+        for _ in range(9):
+            a, b = (met[i] for i in rng.integers(len(met), size=2))
+            made = STEPS[rng.integers(len(STEPS))](a, b, (s, u)[rng.integers(2)], W)
+            met.append(made / (1 + made.detach().abs().max()))
+        return bent(met[-1]) + met[-2].mean() + F.cross_entropy(met[-3], LABELS)
+
+    return loss_of
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_rules_agree_in_any_graph(seed):
+    inputs = leaves((5, 4), (5, 4), (4,), (4,), (4, 4), seed=seed)
+    assert check(mixture(seed), inputs) == FORWARD
+    assert check(mixture(seed), inputs, chunk=1) == FORWARD
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_rule_goes_by_double_backward(name):
     shapes, loss_of = REFUSED[name]

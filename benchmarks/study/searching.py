@@ -18,7 +18,7 @@ from .tasks import Task
 SHARE, WINDOWS, RATE = 1 / 3, 20, 0.5  # of the run that the search takes, moves in it, and their size
 THEN = 0.25  # the size of moves in the run proper: twice the default
 ORDERS = 5
-RUNS = 3  # that one may well make after a search: with it they cost 5 to 11 plain runs, by task
+RUNS = 3  # that one may well make after a search: with it they cost 5 to 12 plain runs, by task
 START, MOMENTUM = 0.5, (0.1, 0.9)  # of momentum: a long memory undoes what lr does about noise
 CAREFUL = Guard(again=0.3, excess=0.5, chaos_growth=math.inf)  # late flips of a hypergradient's sign are noise here
 

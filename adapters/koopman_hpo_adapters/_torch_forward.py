@@ -28,7 +28,7 @@ class Walk:
     """
 
     def __init__(self, loss: torch.Tensor):
-        self._root, self._like = loss.grad_fn, loss.detach()
+        self._loss, self._root = loss, loss.grad_fn
         self._leaves: list[Any] = []
         self._nodes: list[Any] = []
         for node, rule, before in _in_order(self._root):
@@ -49,7 +49,7 @@ class Walk:
           Unknown: a node has no rule for this use of it.
         """
         q = len(next(iter(moved.values())))
-        d = {self._root: self._like.new_zeros(first + q)}
+        d = {self._root: self._loss.new_zeros(first + q)}
         if first:
             d[self._root][0] = 1
         for node, before, back, bend in reversed(self._ahead(moved)):

@@ -188,14 +188,13 @@ def _mse(node: Any, moved: Sequence[Tangent]) -> Ways:
         raise Unknown
     slope, each = 2 * (node._saved_self - node._saved_target), node._saved_reduction == 0
     scale = 1 / slope.numel() if node._saved_reduction == 1 else 1
-    wide = lambda g, extra: g if each else g.reshape(g.shape + (1,) * extra)
 
     def push() -> torch.Tensor:
         dy = dx * slope
         return dy if each else dy.flatten(1).sum(1) * scale
 
     def back(rows: torch.Tensor) -> Sequence[Tangent]:
-        return slope * scale * wide(rows, slope.dim()), None
+        return slope * scale * (rows if each else rows.reshape(-1, *[1] * slope.dim())), None
 
     def bend(g: torch.Tensor, found: Sequence[Tangent]) -> None:
         found[0].add_(dx * (2 * scale * g))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from koopman_hpo import koopman
 from koopman_hpo.kernels.cpu import trajectory
-from koopman_hpo.koopman import poles, small
+from koopman_hpo.koopman import deviation, poles, select, small
 
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=30, deadline=None)
@@ -103,3 +103,35 @@ def test_a_noisy_fit_is_that_of_the_textbook(seed, d, q):
     for steps in (0, 3, 100):
         # the amplitudes' condition number rises when two eigenvalues are close
         np.testing.assert_allclose(model.forecast(steps), reference.affine_forecast(H, lam, steps), atol=1e-4)
+
+
+@pytest.mark.parametrize("real", [[0.9], [0.9, 0.5], [0.9, 0.8 + 0.3j], [0.7 + 0.2j, 0.4 + 0.6j]])
+def test_noise_through_the_fit_is_that_of_the_whole_jacobian(real):
+    """Against all residuals differentiated by real parameters, by differences: q m rows, and no product of small ones."""
+    m, q, t = 30, 4, 47
+    lam = np.array([w for z in real for w in ([z, np.conj(z)] if np.imag(z) else [z])], complex)
+    rng = np.random.default_rng(3)
+    H = rng.normal(size=(m, len(lam) + 1)) * 0.3 @ rng.normal(size=(len(lam) + 1, q)) + rng.normal(size=(m, q))
+    P = select.fitted(lam, m, 1)
+    variance, total = deviation.noise_and_sensitivity(H, lam, P, t)
+
+    A, B, w = P @ H, poles.basis(lam, 0, m, 1), poles.basis(lam, t, 1, 1)[:, 0] @ P
+    left = ((H - B.T @ A) ** 2).sum(axis=0) / (m - len(lam) - 1)
+    columns, moves = [], []
+    for k, z in enumerate(lam):
+        step = 1e-6 * (1j if z.imag < 0 else 1)  # the second of a pair stands for its imaginary part
+        both = []
+        for sign in (1, -1):
+            near = lam.copy()
+            near[k - (z.imag < 0)] += sign * step
+            if z.imag:
+                near[k + (z.imag > 0)] = np.conj(near[k - (z.imag < 0)])
+            both.append((poles.basis(near, 0, m, 1).T @ A, poles.basis(near, t, 1, 1)[:, 0] @ A))
+        inside, ahead = ((x - y) / 2e-6 for x, y in zip(*both, strict=True))
+        columns.append((inside - B.T @ (P @ inside)).ravel())
+        moves.append(ahead - w @ inside)
+    J, D = np.array(columns).T, np.array(moves)
+    inverse = np.linalg.pinv(J.T @ J)
+    C = inverse @ (J.T * np.tile(left, m)) @ J @ inverse
+    np.testing.assert_allclose(variance, left, rtol=1e-10)
+    np.testing.assert_allclose(total, left * (w @ w) + np.einsum("kj,kl,lj->j", D, C, D), rtol=1e-6)

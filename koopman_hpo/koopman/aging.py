@@ -15,7 +15,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
+
+from koopman_hpo.koopman.small import dot
 
 Array = NDArray[Any]
 
@@ -28,7 +31,9 @@ MISFIT = 0.02  # of the law itself within a window, relative, while tangents are
 DRIFT = 0.3  # relative error of the law, per e-fold of the tangents' age to come
 CAUTION = 2.0  # the posterior variance counts so many times against the estimate
 LEVEL = 1.5  # standard deviations in the stated error: it held the truth in 80 % of windows
-COLUMNS = 512  # at a time
+NARROW = np.exp(-0.5 * ((EXPONENTS - PRIOR[0]) / PRIOR[1]) ** 2)  # prior of each exponent, for the estimate
+NARROW /= NARROW.sum()
+FLAT = (1.0 - BROAD) * NARROW + BROAD / len(EXPONENTS)  # for its error
 
 
 class Age(NamedTuple):
@@ -38,81 +43,96 @@ class Age(NamedTuple):
     tangents: float
 
 
-class _Law(NamedTuple):
-    """The candidates (c,), one for each lag and exponent."""
-
-    basis: Array  # (c, m) e(t) s^-gamma over the window, s relative to its end
-    ahead: Array  # (c,) the same at the horizon
-    prior: Array  # (c,) narrow: for the estimate
-    broad: Array  # (c,): for its error
-    misfit: float  # relative standard deviation
-    drift: float  # relative standard deviation
-
-
-def _law(m: int, steps: int, age: Age) -> _Law:
-    at = np.append(np.arange(m), m - 1.0 + steps)
-    t, s = age.tangents + at, age.training + at
-    lag = m * np.array(LAGS)[:, None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        e = np.where(lag > 0, t + lag * np.expm1(-t / lag), t)  # (l, m + 1)
-    power = (s / s[m - 1]) ** -EXPONENTS[:, None]
-    B = (e[:, None] * power).reshape(-1, m + 1)
-    mean, sd = PRIOR
-    narrow = np.exp(-0.5 * ((EXPONENTS - mean) / sd) ** 2)
-    narrow /= narrow.sum()
-    broad = (1.0 - BROAD) * narrow + BROAD / len(EXPONENTS)
-    tile = lambda p: np.tile(p, len(LAGS))
-    drift = DRIFT * np.log(t[-1] / t[m - 1])
-    return _Law(B[:, :m], B[:, m], tile(narrow), tile(broad), MISFIT * m / t[m - 1], float(drift))
-
-
 def forecast(H: Array, steps: int, age: Age) -> tuple[Array, Array]:
-    """Estimate (q,) and its error (q,) `steps` snapshots after the last of H (m, q), m >= 3.
+    """Estimate (q,) and its error (q,) `steps` snapshots after the last of H (m, q), m >= 3; each coordinate alone.
 
     The estimate is the posterior mean over exponents and lags, drawn towards zero where that lowers its expected square
     error.  The error is a half width that held the truth in 80 % of windows, of a broader posterior.
     """
-    law = _law(len(H), steps, age)
-    parts = [_posterior(law, H[:, i : i + COLUMNS]) for i in range(0, H.shape[1], COLUMNS)]
-    value, error = (np.concatenate(x) for x in zip(*parts, strict=True))
+    value, error = np.empty((2, H.shape[1]))
+    law = candidates(len(H), float(steps), *age)
+    now = age.tangents + len(H) - 1.0  # the tangents' age
+    posterior(np.ascontiguousarray(H.T), *law, MISFIT * len(H) / now, DRIFT * np.log1p(steps / now), value, error)
     return value, error
 
 
-def _posterior(law: _Law, H: Array) -> tuple[Array, Array]:
-    """`forecast` of some columns (m, q)."""
-    m = len(H)
-    squares = np.einsum("cm,cm->c", law.basis, law.basis)[:, None]
-    A = law.basis @ H / squares  # (c, q) amplitudes by least squares
-    power = np.einsum("mq,mq->q", H, H)
-    rss = np.maximum(power - A**2 * squares, 0.0)
-    best = rss.argmin(axis=0)
-    variance = rss.min(axis=0) / (m - 2) + law.misfit**2 * power / m
-    # residuals that go together count as fewer
-    residual = H - law.basis[best].T * np.take_along_axis(A, best[None], axis=0)
-    variance *= _inflation(residual)
-    likelihood = np.exp(-_ratio(rss - rss.min(axis=0), 2.0 * variance))
-    F = A * law.ahead[:, None]
-    noise = variance * law.ahead[:, None] ** 2 / squares
-    p = _normalised(law.prior, likelihood)
-    mean = (p * F).sum(axis=0)
-    doubt = CAUTION * (p * ((F - mean) ** 2 + noise)).sum(axis=0) + (law.drift * mean) ** 2
-    value = mean * _ratio(mean**2, mean**2 + doubt)
-    p = _normalised(law.broad, likelihood)
-    error = (p * ((F - value) ** 2 + noise)).sum(axis=0) + (law.drift * value) ** 2
-    return value, LEVEL * np.sqrt(error)
+@njit(cache=True, nogil=True)
+def candidates(m, steps, training, tangents):
+    """The law for each lag and exponent: within the window (c, m), relative to its end, and at the horizon (c,)."""
+    exponents = EXPONENTS.shape[0]
+    B, ahead = np.empty((len(LAGS) * exponents, m)), np.empty(len(LAGS) * exponents)
+    for i in range(m + 1):
+        at = m - 1.0 + steps if i == m else float(i)
+        s, t = (training + at) / (training + m - 1.0), tangents + at
+        power, between = s ** -EXPONENTS[0], s ** (EXPONENTS[0] - EXPONENTS[1])
+        for j in range(len(LAGS)):
+            lag = m * LAGS[j]
+            x = (t + lag * np.expm1(-t / lag) if lag > 0.0 else t) * power
+            for k in range(j * exponents, (j + 1) * exponents):
+                if i == m:
+                    ahead[k] = x
+                else:
+                    B[k, i] = x
+                x *= between
+    return B, ahead
 
 
-def _inflation(residual: Array) -> Array:
-    """(q,): how many snapshots (m, q) say as much as one independent one, from the correlation of neighbours."""
-    rho = _ratio((residual[1:] * residual[:-1]).sum(axis=0), (residual**2).sum(axis=0))
-    return np.clip((1.0 + rho) / np.maximum(1.0 - rho, 1e-9), 1.0, len(residual) / 2)
+@njit(cache=True, nogil=True)
+def posterior(rows, B, ahead, misfit, drift, value, error):
+    """value, error (q,) <- `forecast` of rows (q, m), from `candidates`.
+
+    misfit: relative standard deviation of the law itself within the window; drift: of what it foresees.
+    """
+    c, m = B.shape
+    A, F, rss, squares, noise, p = np.empty((6, c))
+    for k in range(c):
+        squares[k] = dot(B[k], B[k])
+    for j in range(rows.shape[0]):
+        h = rows[j]
+        power, best = dot(h, h), 0
+        for k in range(c):
+            A[k] = dot(B[k], h) / squares[k]  # amplitudes by least squares
+            rss[k] = max(power - A[k] ** 2 * squares[k], 0.0)
+            if rss[k] < rss[best]:
+                best = k
+        variance = (rss[best] / (m - 2) + misfit**2 * power / m) * inflation(h, B[best], A[best])
+        for k in range(c):
+            F[k] = A[k] * ahead[k]
+            noise[k] = variance * ahead[k] ** 2 / squares[k]
+            p[k] = np.exp(-ratio(rss[k] - rss[best], 2.0 * variance))
+        mean = moment(p, NARROW, F, noise, 0.0)[0]
+        doubt = CAUTION * moment(p, NARROW, F, noise, mean)[1] + (drift * mean) ** 2
+        value[j] = mean * ratio(mean**2, mean**2 + doubt)
+        error[j] = LEVEL * np.sqrt(moment(p, FLAT, F, noise, value[j])[1] + (drift * value[j]) ** 2)
 
 
-def _normalised(prior: Array, likelihood: Array) -> Array:
-    p = prior[:, None] * likelihood
-    return p / p.sum(axis=0)
+@njit(cache=True, nogil=True)
+def moment(likelihood, prior, F, noise, centre):
+    """Mean of F (c,), and of its square distance from the centre with the noise's variance (c,), over the posterior."""
+    total = mean = square = 0.0
+    for k in range(F.shape[0]):
+        p = likelihood[k] * prior[k % prior.shape[0]]
+        total += p
+        mean += p * F[k]
+        square += p * ((F[k] - centre) ** 2 + noise[k])
+    return mean / total, square / total
 
 
-def _ratio(a: Array, b: Array) -> Array:
+@njit(cache=True, nogil=True)
+def inflation(h, basis, amplitude):
+    """How many snapshots (m,) say as much as one independent one: residuals that go together count as fewer."""
+    m = h.shape[0]
+    product = square = before = 0.0
+    for i in range(m):
+        now = h[i] - amplitude * basis[i]
+        product += now * before
+        square += now * now
+        before = now
+    rho = ratio(product, square)
+    return min(max((1.0 + rho) / max(1.0 - rho, 1e-9), 1.0), m / 2)
+
+
+@njit(cache=True, nogil=True)
+def ratio(a, b):
     """a / b, zero where b is."""
-    return np.divide(a, b, out=np.zeros(np.broadcast_shapes(np.shape(a), np.shape(b))), where=np.asarray(b) > 0)
+    return a / b if b > 0.0 else 0.0

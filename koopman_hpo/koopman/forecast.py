@@ -110,7 +110,7 @@ _ESTIMATES: dict[str, Callable[[Window, int, float], Estimate]] = {
     "tls": partial(_regression, variants.REGRESSIONS["tls"]),
 }
 METHODS: tuple[str, ...] = tuple(sorted([*_ESTIMATES, "auto", "last"]))
-MOST_AGE = 1e12
+LEAST_AGE, MOST_AGE = 1e-12, 1e12  # powers of what lies between are no zeros and no infinities
 LEAST_SNAPSHOTS = 10  # fewer say too little of a trajectory: the last value stands
 
 
@@ -200,9 +200,9 @@ def extrapolate(
 
 def _age(given: Any) -> Age:
     """`given`, checked."""
-    call, need = "koopman.extrapolate", "two ages (training, tangents) in snapshots, 0 < tangents <= training"
+    call, need = "koopman.extrapolate", f"two ages (training, tangents) in snapshots, {LEAST_AGE} <= tangents <= training"
     ages = reals(call, "age", given, HyperparameterError, need)
-    if ages.shape != (2,) or not 0.0 < ages[1] <= ages[0] < MOST_AGE:
+    if ages.shape != (2,) or not LEAST_AGE <= ages[1] <= ages[0] <= MOST_AGE:
         raise HyperparameterError(
             f"{call}: age must be {need}, got {short(given)}. (1, 1) is a window from the start of training on."
         )

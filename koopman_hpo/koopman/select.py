@@ -50,12 +50,19 @@ def normalised(G, intercept):
 
 
 @njit(cache=True, nogil=True)
-def fitted(lam, m, intercept):
-    """Orthonormal basis Q (c, m) of the exponentials, and the weights P (c, m) of their amplitudes."""
+def factored(lam, m, intercept):
+    """Q (c, m) and R (c, c): the exponentials are R' Q, and Q is orthonormal."""
     B = basis(lam, 0, m, intercept)
     Q, R = np.empty_like(B), np.zeros((B.shape[0], B.shape[0]))
     orthonormalise(B, Q, R)
-    return Q, amplitudes(Q, R)
+    return Q, R
+
+
+@njit(cache=True, nogil=True)
+def fitted(lam, m, intercept):
+    """Weights P (c, m) of the exponentials' amplitudes by least squares."""
+    Q, R = factored(lam, m, intercept)
+    return amplitudes(Q, R)
 
 
 @njit(cache=True, nogil=True)
@@ -95,13 +102,13 @@ def search(G, q, delays, ranks, bound, intercept, variant):
             if delays.shape[0] == 1 and ranks[0] == ranks[1]:
                 best_d, best_lam = d, lam
                 break
-            left = max(1.0 - explained(G, fitted(lam, m, intercept)[0], intercept), 1e-15)
+            left = max(1.0 - explained(G, factored(lam, m, intercept)[0], intercept), 1e-15)
             score = bic(left, m, q, r)
             if score < own:
                 own, own_r = score, r
             if score < best:
                 best_d, best, best_lam = d, score, lam
-    return best_d, best_lam, fitted(best_lam, m, intercept)[1]
+    return best_d, best_lam, fitted(best_lam, m, intercept)
 
 
 def candidate_delays(m: int) -> list[int]:

@@ -34,7 +34,7 @@ def regression(data: Window, growth: float, variant: int) -> Koopman:
 def from_eigenvalues(data: Window, lam: np.ndarray, delays: int, bound: float, note: str = "") -> Koopman:
     """Constant and amplitudes by least squares over the window, for given eigenvalues (r,) in conjugate pairs."""
     lam = bounded(lam, bound)
-    return Koopman(lam, delays, len(lam), bound, note, data, fitted(lam, len(data.snapshots), 1)[1])
+    return Koopman(lam, delays, len(lam), bound, note, data, fitted(lam, len(data.snapshots), 1))
 
 
 def autoregression(data: Window, growth: float, order: int | None = None) -> Koopman:

@@ -5,9 +5,10 @@ with its two idx files, plain or gzipped (--data), or fetched once by pooch and 
 them scikit-learn's digits, enlarged to 28 x 28, and the output says so.  Each optimizer and learning rate is trained
 untuned, with local hypergradients, and glocally; with --full beside the best of ten random full runs, chosen by validation
 loss, and what its settings give again, with other initial weights and orders of the batches: chance is as large as what is
-compared.  In all of them lr falls linearly to zero; the random runs are made with a constant lr, too.  A tuned run is two:
-an epoch at constant lr with large outer steps finds where to start (SGD: at which effective rate); then the model begins
-anew, is trained, and with small steps tuned: the height of lr's decay, momentum (or beta1) and weight decay.
+compared.  In all of them images are moved by up to a pixel, and lr falls linearly to zero; the random runs are made with a
+constant lr, too.  A tuned run is two: an epoch at constant lr with large outer steps finds where to start (SGD: at which
+effective rate); then the model begins anew, is trained, and with small steps tuned: the height of lr's decay, momentum (or
+beta1) and weight decay.
 
     python examples/torch_mnist.py [--data DIR | --fetch] [--full] [--lr 1e-4 1] [--optimizer sgd adam] [--out mnist.png]
 """
@@ -28,7 +29,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from koopman_hpo import Glocal, Guard, History, Local, Space, log, logit, outer
 
@@ -47,6 +48,7 @@ OPTIMIZERS = {
 }
 AGAIN = 6  # times that the best random settings are run again
 STRATEGIES = {"local": Local(), "glocal": Glocal(snapshots=13)}
+SHIFT = 1  # pixels: runs end higher, and less by chance
 MOMENTUM = 0.5  # or beta1, at the start
 SECOND = {"sgd": "momentum", "adam": "beta1"}  # tuned beside lr and weight decay
 
@@ -122,10 +124,20 @@ def lenet():
 
 
 def batches(X, y, budget, seed):
+    """Batches of some epochs, each image moved by up to SHIFT pixels."""
     for epoch in range(budget.epochs):
-        order = np.random.default_rng((seed, epoch)).permutation(len(y))
+        rng = np.random.default_rng((seed, epoch))
+        order = rng.permutation(len(y))
         for part in np.split(order[: len(y) // budget.batch * budget.batch], len(y) // budget.batch):
-            yield X[part], y[part]
+            yield shifted(X[part], rng.integers(0, 2 * SHIFT + 1, (2, len(part), 1))), y[part]
+
+
+def shifted(X, by):
+    """Images X (n, 1, size, size) moved by rows and columns, by (2, n, 1) less SHIFT; edges are continued."""
+    n, _, size, _ = X.shape
+    rows, columns = torch.from_numpy(by + np.arange(size))
+    wide = pad(X, (SHIFT,) * 4, mode="replicate")
+    return wide[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
 def hypergradients(model, optimizer, hyper, sets, budget, strategy, steps, falling, label, **settings):

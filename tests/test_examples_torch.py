@@ -96,6 +96,15 @@ def test_mnist_without_pooch_says_how_to_get_it(mnist, monkeypatch):
         mnist["fetched"]()
 
 
+def test_mnist_moves_each_image_by_its_own_pixels_and_continues_edges(mnist):
+    X = torch.arange(3 * 25.0).reshape(3, 1, 5, 5)
+    moved = mnist["shifted"](X, np.array([[[1], [0], [2]], [[1], [2], [2]]]))  # by (0, 0), (-1, 1) and (1, 1)
+    assert torch.equal(moved[0], X[0])
+    at = lambda rows, columns: X[:, 0][:, rows][:, :, columns]
+    assert torch.equal(moved[1, 0], at([0, 0, 1, 2, 3], [1, 2, 3, 4, 4])[1])
+    assert torch.equal(moved[2, 0], at([1, 2, 3, 4, 4], [1, 2, 3, 4, 4])[2])
+
+
 def test_mnist_random_search_keeps_the_lowest_validation_loss(mnist, monkeypatch):
     losses, drawn = iter([np.nan, 0.5, 0.2, 0.3]), []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -132,7 +133,7 @@ def _in_deviations(data: Window) -> tuple[Window, np.ndarray, np.ndarray]:
 
 
 def _rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(x))))
+    return math.sqrt(float(x @ x) / len(x))
 
 
 def _stay(data: Window, method: str, reason: str, move: float = 0.0, deviation: float = 0.0) -> Forecast:

@@ -195,7 +195,7 @@ def _settings(delays: Any, rank: Any, m: int, q: int) -> tuple[np.ndarray, tuple
     if type(delays) is int and type(rank) is int and 1 <= delays <= m - 2:  # the common case costs nothing
         ds = [delays]
     elif isinstance(delays, str) and delays == "auto":
-        ds = [max(1, min(m // 4, m - 2))] if isinstance(rank, str) and rank == "svht" else candidate_delays(m)
+        ds = [max(1, min(m // 4, m - 2))] if isinstance(rank, str) and rank == "svht" else list(candidate_delays(m))
     else:
         do = 'Record more snapshots, or delays="auto".'
         ds = [whole("koopman.fit", "delays", delays, 1, m - 2, do)]

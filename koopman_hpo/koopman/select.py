@@ -7,6 +7,7 @@ whole window, so that candidates of different delays compare.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 from numba import njit
@@ -111,9 +112,10 @@ def search(G, q, delays, ranks, bound, intercept, variant):
     return best_d, best_lam, fitted(best_lam, m, intercept)
 
 
-def candidate_delays(m: int) -> list[int]:
+@cache
+def candidate_delays(m: int) -> tuple[int, ...]:
     """Delays tried for a window of m snapshots: from m / 10 to m / 2, fewer where they coincide."""
-    return sorted({max(1, min(m - 2, round(m * part))) for part in (0.1, 0.2, 0.3, 0.4, 0.5)})
+    return tuple(sorted({max(1, min(m - 2, round(m * part))) for part in (0.1, 0.2, 0.3, 0.4, 0.5)}))
 
 
 def svht(G: np.ndarray, d: int, q: int, intercept: int) -> int:

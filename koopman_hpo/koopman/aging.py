@@ -49,10 +49,15 @@ def forecast(H: Array, steps: int, age: Age) -> tuple[Array, Array]:
     The estimate is the posterior mean over exponents and lags, drawn towards zero where that lowers its expected square
     error.  The error is a half width that held the truth in 80 % of windows, of a broader posterior.
     """
-    value, error = np.empty((2, H.shape[1]))
-    law = candidates(len(H), float(steps), *age)
-    now = age.tangents + len(H) - 1.0  # the tangents' age
-    posterior(np.ascontiguousarray(H.T), *law, MISFIT * len(H) / now, DRIFT * np.log1p(steps / now), value, error)
+    return _forecast(H, float(steps), float(age.training), float(age.tangents))
+
+
+@njit(cache=True, nogil=True)
+def _forecast(H, steps, training, tangents):
+    (m, q), now = H.shape, tangents + H.shape[0] - 1.0  # the tangents' age
+    B, ahead = candidates(m, steps, training, tangents)
+    value, error = np.empty(q), np.empty(q)
+    posterior(H.T.copy(), B, ahead, MISFIT * m / now, DRIFT * np.log1p(steps / now), value, error)
     return value, error
 
 

@@ -16,7 +16,7 @@ from koopman_hpo.koopman.aging import Age
 from koopman_hpo.koopman.deviation import standard_error
 from koopman_hpo.koopman.model import STEPS_COUNT, Koopman
 from koopman_hpo.koopman.model import fit as fit_model
-from koopman_hpo.koopman.window import Window, relative_gram, times, window
+from koopman_hpo.koopman.window import Window, deviations, relative_gram, times, units, window
 
 GROWTH = 0.2  # c in |lambda| <= 1 - c / m
 GATE = 0.5  # a forecast is accepted if its error is below this part of its move
@@ -126,8 +126,7 @@ def _in_deviations(data: Window) -> tuple[Window, np.ndarray, np.ndarray]:
     if q > m:
         variance = (data.gram.trace() - data.gram.sum() / m) / (m * q)
         return data, np.full(q, np.sqrt(max(variance, 0.0)) or 1.0), np.ones(q)
-    scale = H.std(axis=0)
-    scale[scale <= 1e-14 * np.abs(H[-1])] = 1.0
+    scale = units(H)
     scaled = H / scale
     return Window(scaled, relative_gram(scaled)), scale, scale
 
@@ -139,7 +138,7 @@ def _rms(x: np.ndarray) -> float:
 def _stay(data: Window, method: str, reason: str, move: float = 0.0, deviation: float = 0.0) -> Forecast:
     """The last value, with the window's standard deviation as its error."""
     return Forecast(
-        data.snapshots[-1].copy(), data.snapshots.std(axis=0), method == "last", reason, "last", move, deviation
+        data.snapshots[-1].copy(), deviations(data.snapshots), method == "last", reason, "last", move, deviation
     )
 
 
@@ -202,8 +201,9 @@ def extrapolate(
 def _age(given: Any) -> Age:
     """`given`, checked."""
     call, need = "koopman.extrapolate", f"two ages (training, tangents) in snapshots, {LEAST_AGE} <= tangents <= training"
-    ages = reals(call, "age", given, HyperparameterError, need)
-    if ages.shape != (2,) or not LEAST_AGE <= ages[1] <= ages[0] <= MOST_AGE:
+    plain = type(given) is tuple and len(given) == 2 and {*map(type, given)} <= {int, float}  # the tuner's: costs nothing
+    ages = given if plain else reals(call, "age", given, HyperparameterError, need)
+    if (not plain and ages.shape != (2,)) or not LEAST_AGE <= ages[1] <= ages[0] <= MOST_AGE:
         raise HyperparameterError(
             f"{call}: age must be {need}, got {short(given)}. (1, 1) is a window from the start of training on."
         )

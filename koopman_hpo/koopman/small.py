@@ -22,6 +22,17 @@ def dot(x, y):
     return s
 
 
+@njit(cache=True, nogil=True)
+def multiply(A, B):
+    """A B of a few rows: BLAS's entry takes longer."""
+    out = np.zeros((A.shape[0], B.shape[1]))
+    for i in range(A.shape[0]):
+        for k in range(A.shape[1]):
+            for j in range(B.shape[1]):
+                out[i, j] += A[i, k] * B[k, j]
+    return out
+
+
 @njit(cache=True, nogil=True, fastmath=_FLAGS)
 def rank_two(A, Z, k, v, half, p, u):
     """In place: the reflection along v (n - k - 1,) of the trailing block of A from both sides, and of the rows of Z.

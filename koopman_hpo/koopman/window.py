@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import njit
 
 from koopman_hpo.kernels.cpu import trajectory
 from koopman_hpo.koopman import checks
@@ -44,6 +45,30 @@ def relative_gram(H: np.ndarray) -> np.ndarray:
             D = H - H[0]
             G = D @ D.T
     return G
+
+
+@njit(cache=True, nogil=True)
+def deviations(H):
+    """(q,): standard deviations of the coordinates of H (m, q) over the window."""
+    m, q = H.shape
+    mean, out = np.zeros(q), np.zeros(q)
+    for i in range(m):
+        for j in range(q):
+            mean[j] += H[i, j] / m
+    for i in range(m):
+        for j in range(q):
+            out[j] += (H[i, j] - mean[j]) ** 2 / m
+    return np.sqrt(out)
+
+
+@njit(cache=True, nogil=True)
+def units(H):
+    """(q,): `deviations`, and 1 where a coordinate stays where it is but for rounding."""
+    out = deviations(H)
+    for j in range(H.shape[1]):
+        if out[j] <= 1e-14 * abs(H[-1, j]):
+            out[j] = 1.0
+    return out
 
 
 def window(snapshots: Any, call: str, least: int = 1) -> Window:

@@ -6,8 +6,8 @@
 A window is 50 inner steps after 0, 100 or 400 of plain training, its tangents begun anew; the horizon is step 1,000; the
 truth is the same run's hypergradient there.  Digits: softmax regression and an MLP 64-32-10, 800 training and 500
 validation images, three learning rates, three seeds.  Groups: full batch; batches of 32, twelve seeds, for there chance has
-its say; the same with 20 % random labels; Adam, full batch and batches of 32; KMNIST pooled to 14x14, MLP 196-64-10, batches
-of 64; MNIST likewise, a LeNet in JAX, batches of 50.
+its say; the same with 20 % random labels; Adam, full batch and batches of 32; KMNIST pooled to 14x14, MLP 196-64-10, in
+batches of 64; MNIST likewise, a LeNet in JAX, batches of 50.
 
 The truth of mini-batches is that of one order of the batches, which no forecast knows: with --orders N, "expected" is the
 mean of the exact hypergradients of N other orders, from the window's end on.
@@ -249,6 +249,8 @@ def main() -> None:
     parser.add_argument("--orders", type=int, default=0, help="other orders of the batches, for what can be expected")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each measurement of the cost")
     arguments = parser.parse_args()
+    if arguments.add and not arguments.output.is_file():
+        parser.error(f"--add needs {arguments.output}, to keep what it has: leave it out the first time")
     if arguments.data is None and NEEDS_DATA & set(arguments.groups):
         parser.error(f"{' and '.join(sorted(NEEDS_DATA))} need --data")
     rows: list[dict[str, Any]] = []

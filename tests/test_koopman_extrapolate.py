@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from koopman_hpo import koopman
-from koopman_hpo.koopman import robust, sequence
+from koopman_hpo.koopman import median, robust, sequence
 from koopman_hpo.koopman.window import relative_gram
 
 seeds = st.integers(0, 2**32 - 1)
@@ -127,7 +127,7 @@ def test_members_are_those_of_explicit_hankel_matrices():
 
 def test_all_weights_sum_to_one():
     G = relative_gram(noisy(1, 30, 3))
-    rows = [*robust.members(G, 40), sequence.rre(G), sequence.mpe(G), sequence.anderson(G), *sequence.thirds(30)]
+    rows = [*median.members(G, 40), sequence.rre(G), sequence.mpe(G), sequence.anderson(G), *sequence.thirds(30)]
     np.testing.assert_allclose([w.sum() for w in rows], 1.0, atol=1e-9)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from koopman_hpo.errors import HyperparameterError, choice, reals, short, whole
-from koopman_hpo.koopman import aging, checks, robust, sequence, variants
+from koopman_hpo.koopman import aging, checks, median, robust, sequence, variants
 from koopman_hpo.koopman.aging import Age
 from koopman_hpo.koopman.deviation import standard_error
 from koopman_hpo.koopman.model import STEPS_COUNT, Koopman
@@ -85,10 +85,8 @@ def _aitken(data: Window, steps: int, growth: float) -> Estimate:
 
 def _robust(data: Window, steps: int, growth: float) -> Estimate:
     """Median of five members by coordinate; its error is half the distance between the second and the fourth."""
-    W = np.concatenate([robust.members(data.gram, steps), sequence.thirds(len(data.gram))])
-    rows = W @ data.snapshots
-    members = np.sort(np.concatenate([rows[:4], sequence.aitken(rows[4:])[None]]), axis=0)
-    return members[2], (members[3] - members[1]) / 2, ""
+    value, error = median.forecast(data.gram, data.snapshots, steps)
+    return value, error, ""
 
 
 def _limit(weights: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray, int], np.ndarray]:

@@ -8,6 +8,7 @@ Sources: Smith, Ford and Sidi 1987, doi:10.1137/1029042; Walker and Ni 2011, doi
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
 from koopman_hpo.koopman.robust import block_rows, difference_gram
 
@@ -55,9 +56,12 @@ def thirds(m: int) -> np.ndarray:
     return block_rows(m, 3)
 
 
-def aitken(means: np.ndarray) -> np.ndarray:
+@njit(cache=True, nogil=True)
+def aitken(means):
     """Limit (q,) of the means of thirds (3, q), by coordinate, the ratio of their differences held in [0, 2/3]."""
-    first, second = means[1] - means[0], means[2] - means[1]
-    ratio = np.divide(second, first, out=np.zeros_like(second), where=first != 0)
-    ratio = np.clip(ratio, 0.0, 2.0 / 3.0)
-    return means[2] + second * ratio / (1.0 - ratio)
+    out = means[2].copy()
+    for j in range(out.shape[0]):
+        first, second = means[1, j] - means[0, j], means[2, j] - means[1, j]
+        ratio = min(max(second / first, 0.0), 2.0 / 3.0) if first != 0.0 else 0.0
+        out[j] += second * ratio / (1.0 - ratio)
+    return out

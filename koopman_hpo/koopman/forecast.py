@@ -198,10 +198,10 @@ def extrapolate(
 
 def _age(given: Any) -> Age:
     """`given`, checked."""
-    call, need = "koopman.extrapolate", f"two ages (training, tangents) in snapshots, {LEAST_AGE} <= tangents <= training"
-    plain = type(given) is tuple and len(given) == 2 and {*map(type, given)} <= {int, float}  # the tuner's: costs nothing
-    ages = given if plain else reals(call, "age", given, HyperparameterError, need)
-    if (not plain and ages.shape != (2,)) or not LEAST_AGE <= ages[1] <= ages[0] <= MOST_AGE:
+    call = "koopman.extrapolate"
+    need = f"two ages (training, tangents) in snapshots, {LEAST_AGE:g} <= tangents <= training <= {MOST_AGE:g}"
+    ages = reals(call, "age", given, HyperparameterError, need)
+    if ages.shape != (2,) or not LEAST_AGE <= ages[1] <= ages[0] <= MOST_AGE:
         raise HyperparameterError(
             f"{call}: age must be {need}, got {short(given)}. (1, 1) is a window from the start of training on."
         )

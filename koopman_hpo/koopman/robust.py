@@ -121,11 +121,9 @@ def reduced_rank(G, ridge=1e-6):
     m = G.shape[0]
     d = max(1, min(10, m // 4))
     K = difference_gram(G, d)
-    trace = 0.0
-    for i in range(m):
-        trace += G[i, i]
+    ridge *= np.trace(G) / m
     for i in range(m - d):
-        K[i, i] += ridge * trace / m
+        K[i, i] += ridge
     c = np.linalg.solve(K, np.ones(m - d))
     w = np.zeros(m)
     w[d - 1 : m - 1] = c / c.sum()

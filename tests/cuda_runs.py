@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cuda_cases import ULP, opened, packed
 from koopman_hpo_adapters.numpy import mlp
-from numba import cuda
+from numba import config, cuda
 
 from koopman_hpo import Local, Space, Tuner, devices, final, inner, log, logit, unread
 from koopman_hpo.errors import AdapterError, HyperparameterError, ShapeError
@@ -398,6 +398,7 @@ def test_arrays_of_the_run_name_no_stream(monkeypatch):
     assert [a.stream for a in twin._state] == [0] * 4
 
 
+@pytest.mark.skipif(not config.ENABLE_CUDASIM, reason="a card takes its own streams only")
 def test_copies_wait_for_the_stream_and_not_for_the_card(monkeypatch):
     class Stream:
         def __init__(self, handle):

@@ -303,10 +303,11 @@ def test_a_small_model_is_no_reason_for_a_warning(category):
         """What Numba does when a launch is configured."""
 
         def __getitem__(self, settings):
-            warnings.warn("Grid size 1 will likely result in GPU under-utilization due to low occupancy.", category, 2)
-            warnings.warn("something else", category, 2)
+            for text in ("Grid size 1 will likely result in GPU under-utilization due to low occupancy.", "something else"):
+                warnings.warn(text, category, 2)
+                warnings.warn(f"\x1b[1m{text}\x1b[0m", category, 2)  # as Numba writes where it may
             return lambda: None
 
     with pytest.warns(category) as seen:
         launch.launch(Kernel(), (1, 1), 0)
-    assert [str(w.message) for w in seen] == ["something else"]
+    assert [str(w.message) for w in seen] == ["something else", "\x1b[1msomething else\x1b[0m"]

@@ -27,7 +27,7 @@ def device_array(x: Any) -> Any:
       TypeError: x is not in device memory.  ShapeError: it is not contiguous.
     """
     if getattr(x, "__cuda_ndarray__", False):
-        if x.size and not x.is_c_contiguous():
+        if not (x.is_c_contiguous() or _contiguous(x.shape, x.strides, x.dtype.itemsize)):  # which knows sizes 0 and 1
             raise _strided(x.shape)
         return x
     face = getattr(x, "__cuda_array_interface__", None)
@@ -49,14 +49,14 @@ def device_arrays(arrays: Arrays) -> Arrays:
     return type(arrays)(*map(device_array, arrays))
 
 
-def launch(kernel: Any, grid: tuple[int, int], stream: Any, *args: Any, sums: bool = False) -> None:
-    """Run a kernel on `grid` blocks of THREADS threads; no blocks, no run.  `sums`: each thread shares a float64."""
+def launch(kernel: Any, grid: tuple[int, int], stream: Any, *args: Any, sums: bool = False, parts: int = 1) -> None:
+    """Run a kernel on `grid` blocks of THREADS / parts threads; no blocks, no run.  `sums`: each shares a float64."""
     if grid[0] * grid[1] == 0:
         return
     with warnings.catch_warnings():
         if grid[0] * grid[1] < OCCUPIED:
-            warnings.filterwarnings("ignore", "Grid size")  # by its text: numba-cuda and numba have a class each
-        configured = kernel[grid, THREADS, device_stream(stream), 8 * THREADS if sums else 0]
+            warnings.filterwarnings("ignore", ".*Grid size")  # by its text: two classes, and on terminals in bold type
+        configured = kernel[grid, THREADS // parts, device_stream(stream), 8 * THREADS if sums else 0]
     configured(*args)
 
 

@@ -26,7 +26,7 @@ def project(Z, dE_dtheta, work, out, *, stream=0):
     n = min(len(work), covering(p))
     arithmetic = _arithmetic(dE)
     loads = storage(Z.dtype, arithmetic).load, storage(dE.dtype, arithmetic).load
-    launch(_shares(*loads), (-(-q // ROWS), n), stream, Z, dE, work, sums=True)
+    launch((_share if q == 1 else _shares)(*loads), (-(-q // ROWS), n), stream, Z, dE, work, sums=True)
     launch(total, (q, 1), stream, work, n, out, sums=True)
 
 
@@ -35,7 +35,7 @@ def scale(tangents, rho, *, stream=0):
     x = device_array(tangents)
     arithmetic = _arithmetic(x)
     load, store = storage(x.dtype, arithmetic)
-    launch(_scale(load, store), (covering(x.size), 1), stream, x.reshape(x.size), arithmetic.type(rho))
+    launch(_scale(load, store), (covering(-(-x.size // 4)), 1), stream, x.reshape(x.size), arithmetic.type(rho))
 
 
 def _arithmetic(x):
@@ -67,10 +67,40 @@ def _shares(load, load_e):
 
 
 @cache
+def _share(load, load_e):
+    @cuda.jit
+    def kernel(Z, dE, work):
+        """work[y, 0] <- the share y of the only tangent, which keeps the memory busy at four places at once."""
+        p, s = Z.shape[1], float64(0)
+        i, step = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x, cuda.gridDim.y * cuda.blockDim.x
+        while i + 3 * step < p:
+            e, ea = float64(load_e(dE[i])), float64(load_e(dE[i + step]))
+            eb, ec = float64(load_e(dE[i + 2 * step])), float64(load_e(dE[i + 3 * step]))
+            s += load(Z[0, i]) * e + load(Z[0, i + step]) * ea
+            s += load(Z[0, i + 2 * step]) * eb + load(Z[0, i + 3 * step]) * ec
+            i += 4 * step
+        while i < p:
+            s += load(Z[0, i]) * float64(load_e(dE[i]))
+            i += step
+        s = block_sum(s, cuda.shared.array(0, float64))
+        if cuda.threadIdx.x == 0:
+            work[cuda.blockIdx.y, 0] = s
+
+    return kernel
+
+
+@cache
 def _scale(load, store):
     @cuda.jit
     def kernel(x, rho):
-        for i in range(cuda.grid(1), x.size, cuda.gridsize(1)):
+        i, step = cuda.grid(1), cuda.gridsize(1)
+        while i + 3 * step < x.size and rho != 0:  # four places at once keep the memory busy
+            ia, ib, ic = i + step, i + 2 * step, i + 3 * step
+            y, ya, yb, yc = load(x[i]), load(x[ia]), load(x[ib]), load(x[ic])
+            x[i], x[ia], x[ib], x[ic] = store(y * rho), store(ya * rho), store(yb * rho), store(yc * rho)
+            i += 4 * step
+        while i < x.size:
             x[i] = store(load(x[i]) * rho) if rho != 0 else store(rho)
+            i += step
 
     return kernel

@@ -37,7 +37,7 @@ def hankel_gram(G, d, out, *, stream=0):
 def combine(c, H, out, *, stream=0):
     """out[j] <- sum over snapshots of c[i] H[i, j]: a forecast from its weights.  c: (m,); H: (m, q); out: (q,)."""
     c, H, out = device_array(c), device_array(H), device_array(out)
-    launch(_combine, (covering(H.shape[1]), 1), stream, c, H, out)
+    launch(_combine, (covering(-(-H.shape[1] // 4)), 1), stream, c, H, out)
 
 
 @cuda.jit
@@ -46,13 +46,25 @@ def _row_shares(H, m, work):
     i = ROWS * cuda.blockIdx.x
     i1, i2, i3 = min(i + 1, m - 1), min(i + 2, m - 1), min(i + 3, m - 1)
     s0 = s1 = s2 = s3 = float64(0)
-    for j in range(cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x, H.shape[1], cuda.gridDim.y * cuda.blockDim.x):
+    j, step = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x, cuda.gridDim.y * cuda.blockDim.x
+    while j + 3 * step < H.shape[1]:  # four places at once keep the memory busy
+        ja, jb, jc = j + step, j + 2 * step, j + 3 * step
+        f, fa, fb, fc = H[0, j], H[0, ja], H[0, jb], H[0, jc]
+        l, la = float64(H[m - 1, j] - f), float64(H[m - 1, ja] - fa)
+        lb, lc = float64(H[m - 1, jb] - fb), float64(H[m - 1, jc] - fc)
+        s0 += (H[i, j] - f) * l + (H[i, ja] - fa) * la + (H[i, jb] - fb) * lb + (H[i, jc] - fc) * lc
+        s1 += (H[i1, j] - f) * l + (H[i1, ja] - fa) * la + (H[i1, jb] - fb) * lb + (H[i1, jc] - fc) * lc
+        s2 += (H[i2, j] - f) * l + (H[i2, ja] - fa) * la + (H[i2, jb] - fb) * lb + (H[i2, jc] - fc) * lc
+        s3 += (H[i3, j] - f) * l + (H[i3, ja] - fa) * la + (H[i3, jb] - fb) * lb + (H[i3, jc] - fc) * lc
+        j += 4 * step
+    while j < H.shape[1]:
         first = H[0, j]
-        last = H[m - 1, j] - first
+        last = float64(H[m - 1, j] - first)
         s0 += (H[i, j] - first) * last
         s1 += (H[i1, j] - first) * last
         s2 += (H[i2, j] - first) * last
         s3 += (H[i3, j] - first) * last
+        j += step
     shared = cuda.shared.array(0, float64)
     s0, s1, s2, s3 = block_sum(s0, shared), block_sum(s1, shared), block_sum(s2, shared), block_sum(s3, shared)
     if cuda.threadIdx.x == 0:
@@ -86,8 +98,19 @@ def _hankel_gram(G, d, out):
 
 @cuda.jit
 def _combine(c, H, out):
-    for j in range(cuda.grid(1), H.shape[1], cuda.gridsize(1)):
+    j, step = cuda.grid(1), cuda.gridsize(1)
+    while j + 3 * step < H.shape[1]:  # four places at once keep the memory busy
+        s = sa = sb = sc = float64(0)
+        for i in range(H.shape[0]):
+            s += c[i] * H[i, j]
+            sa += c[i] * H[i, j + step]
+            sb += c[i] * H[i, j + 2 * step]
+            sc += c[i] * H[i, j + 3 * step]
+        out[j], out[j + step], out[j + 2 * step], out[j + 3 * step] = s, sa, sb, sc
+        j += 4 * step
+    while j < H.shape[1]:
         s = float64(0)
         for i in range(H.shape[0]):
             s += c[i] * H[i, j]
         out[j] = s
+        j += step

@@ -176,13 +176,20 @@ def test_layers_agree_with_reverse_mode(net):
     assert hopt.path in ("forward over reverse", "batched double backward", "looped double backward")
 
 
-def test_running_statistics_agree_with_reverse_mode_through_them():
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize(
+    ("between", "path"),
+    [(nn.Tanh, "forward over reverse"), (nn.Softplus, "batched double backward")],
+    ids=["rule", "no rule"],
+)
+def test_running_statistics_agree_with_reverse_mode_through_them(between, path, chunk):
     torch.manual_seed(3)
-    model, (x, y) = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double(), data()
+    model, (x, y) = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), between(), nn.Linear(6, 3)).double(), data()
     other = copy.deepcopy(model)
     other[1] = Carried(other[1])
     want, params = unrolled("SGD", other, SETS["SGD"], x, y, x + 0.5, y, 20)
-    _, got = forward("SGD", model, SETS["SGD"], (x, y), (x + 0.5, y), 20)
+    hopt, got = forward("SGD", model, SETS["SGD"], (x, y), (x + 0.5, y), 20, chunk=chunk)
+    assert hopt.path == path
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-10, err_msg=name)
     for name, p in model.named_parameters():

@@ -280,6 +280,9 @@ LAYERS = {
     "batchnorm": lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)),
     "batchnorm, cumulative": lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, momentum=None), nn.Linear(6, 3)),
     "batchnorm, twice": lambda: nn.Sequential(nn.Linear(5, 5), *(nn.BatchNorm1d(5, affine=False),) * 2, nn.Linear(5, 3)),
+    "batchnorm, in place": lambda: nn.Sequential(
+        nn.Linear(5, 6), nn.BatchNorm1d(6), nn.SiLU(inplace=True), nn.Linear(6, 3)
+    ),
     "groupnorm": lambda: nn.Sequential(nn.Linear(5, 6), nn.GroupNorm(2, 6), nn.GELU(), nn.Linear(6, 3)),
     "dropout": lambda: nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.3), nn.Tanh(), nn.Linear(6, 3)),
     "convolution": Convolutions,
@@ -317,6 +320,25 @@ def test_layers_agree_with_differences_and_move_as_torch_moves_them(layer):
     same(model, plain)  # running statistics too: moved once a step
 
 
+@pytest.mark.parametrize(
+    ("tuned", "said"), [(0, "torch says"), (2, "val_loss changed the input of a BatchNorm layer in place")]
+)
+def test_an_outer_loss_that_changes_what_its_batchnorm_has_used_is_refused(tuned, said):
+    """By torch where the gradient passes the layer, else by us."""
+    norm = nn.BatchNorm1d(5)
+    model = nn.Sequential(nn.Linear(5, 5), norm, nn.Linear(5, 3)).to(WIDE)
+
+    def val_loss():
+        x = model.eval()[0](X)
+        y = x.exp()
+        out = norm(y)
+        y.add_(1)
+        return F.cross_entropy(model[2](out), Y)
+
+    hopt = wrap(model, torch.optim.SGD(model[tuned].parameters(), lr=0.1), tune=("lr",), val_loss=val_loss)
+    bad(lambda: (hopt.step(loss_of(model)), hopt.hypergradient()), said)
+
+
 def test_a_batchnorm_that_evaluates_while_training_agrees_with_differences():
     """Statistics that have learnt, then are frozen: the inner loss depends on them too."""
     torch.manual_seed(3)
@@ -344,6 +366,36 @@ def test_running_statistics_count_for_much_of_the_hypergradient():
     right = hopt.hypergradient().grad
     hopt.tuner.inner.losses.statistics.forget(0)
     assert abs(hopt.hypergradient().grad / right - 1) > 0.05
+
+
+class Aside(nn.Module):
+    """Statistics of a branch that the loss does not see, or that no tuned parameter moves, and that validation uses."""
+
+    def __init__(self, fixed):
+        super().__init__()
+        self.first, self.norm, self.out = nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)
+        self.first.requires_grad_(not fixed)
+        self.fixed = fixed
+
+    def forward(self, x):
+        x = self.first(x.clone().requires_grad_(self.fixed))
+        aside = self.norm(x)
+        return self.out(aside if not self.training or self.fixed else x.tanh())
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_running_statistics_of_what_the_loss_does_not_depend_on(fixed):
+    torch.manual_seed(3)
+    model = Aside(fixed).to(WIDE)
+
+    def train(batch):
+        return loss_of(model.train())
+
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.8)
+    run = kt.inner(opt, train, lambda _: loss_of(model.eval(), 0.5), ("lr", "momentum"), model=model)
+    check = check_hypergradient(run, [None] * 5, None)
+    assert check.ok, str(check)
+    assert check.error.max() < 1e-7
 
 
 def test_a_step_under_no_grad_is_the_same():

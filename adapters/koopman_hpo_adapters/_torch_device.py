@@ -61,6 +61,9 @@ class OnHost(devices.Host):
     def set_random(self, states: list[torch.Tensor]) -> None:
         torch.set_rng_state(states[0])
 
+    def prepare(self, model: torch.nn.Module) -> None:
+        """Make the model's layers such that their gradients have derivatives."""
+
 
 class OnCard(devices.Card):
     """Numba's arrays on the memory of CUDA tensors, on torch's current stream; nothing waits until a number is read."""
@@ -113,8 +116,33 @@ class OnCard(devices.Card):
         torch.set_rng_state(states[0])
         torch.cuda.set_rng_state(states[1], self.place)
 
+    def prepare(self, model: torch.nn.Module) -> None:
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.RNNBase):
+                plain = _Plain()
+                layer.register_forward_pre_hook(plain)
+                layer.register_forward_hook(plain, always_call=True)
+
     def _sent(self, a: Array) -> torch.Tensor:
         return torch.tensor(a).to(self.place, non_blocking=True)
+
+
+class _Plain:
+    """Hooks before and after a recurrent layer that leave cuDNN out, whose kernels have no second derivative, and in
+    evaluation mode not even a first."""
+
+    def __init__(self) -> None:
+        self._within: list[Any] = []
+
+    def __call__(self, layer: Any, args: Any, *out: Any) -> None:
+        if out:
+            self._within.pop().__exit__(None, None, None)
+        else:
+            self._within.append(torch.backends.cudnn.flags(enabled=False))
+            self._within[-1].__enter__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Plain, ()
 
 
 def hosted(tensor: torch.Tensor) -> Array:

@@ -37,7 +37,16 @@ class Walk:
             else:
                 self._nodes.append((node, rule, before))
         self._kept: dict[Any, torch.Tensor] = {}
+        self._moments: dict[Any, torch.Tensor] = {}
         self.width = sum(math.prod(node._input_metadata[0].shape) for node, rule, _ in self._nodes if rule.curved)
+
+    def has(self, nodes: Sequence[Any]) -> bool:
+        """Whether the loss depends on all these nodes."""
+        return set(nodes) <= {node for node, *_ in self._nodes}
+
+    def met(self, node: Any) -> torch.Tensor | None:
+        """(q, 2, C) tangents of the mean and variance of what a normalising layer met, in the last `rows`; None of none."""
+        return self._moments.get(node)
 
     def rows(self, moved: Mapping[int, torch.Tensor], *, first: bool, more: bool = False) -> dict[int, torch.Tensor]:
         """For {id(leaf): (q, *shape) its tangents} {id(leaf): (1 + q, *shape) its gradient and the tangents of that}.
@@ -69,12 +78,15 @@ class Walk:
         """Tangents up to the loss; returns the ways back."""
         d: dict[Any, Any] = {leaf: moved.get(id(leaf.variable)) for leaf in self._leaves}
         ways = []
+        self._moments = {}
         for node, rule, before in self._nodes:
             inputs = [None if f is None else d[f] for f in before]
             if all(x is None for x in inputs):
                 d[node] = None
                 continue
-            push, back, bend = rule.of(node, inputs)
+            push, back, bend, *moments = rule.of(node, inputs)
+            if moments:
+                self._moments[node] = moments[0]
             ways.append((node, before, back, bend))
             d[node] = None if node is self._root else push()
         return ways

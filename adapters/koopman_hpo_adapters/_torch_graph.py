@@ -23,6 +23,7 @@ FORWARD = "forward over reverse"
 BATCHED, LOOPED, DIFFERENCES = "batched double backward", "looped double backward", "central differences"
 _ONCE = once_differentiable(lambda *args: None).__code__  # what a function's backward becomes under this mark
 _ROOM = 2**24  # elements of all directions that forward over reverse pushes at a time: 128 MiB in float64
+_OF_CARD = 16  # the same on a card: that part of its memory
 _SMALL = 16_384  # q p up to which one batched call beats q calls: measured from 57 to 400,000 parameters, q = 1 to 30
 
 
@@ -32,8 +33,8 @@ class NotTwice(AdapterError):
     def __init__(self, said: str):
         super().__init__(
             f"HyperOptimizer.step: the loss cannot be differentiated twice: {said} For attention, compute the loss under "
-            f"torch.nn.attention.sdpa_kernel(SDPBackend.MATH). Otherwise replace the operation, or pass the loss as a "
-            f"function, step(lambda: loss(...)), for central differences."
+            f"torch.nn.attention.sdpa_kernel(SDPBackend.MATH). For recurrent layers on a card, pass model=... Otherwise "
+            f"replace the operation, or pass the loss as a function, step(lambda: loss(...)), for central differences."
         )
 
 
@@ -56,25 +57,35 @@ class Graph:
 
     def both(self, loss: torch.Tensor, along: Columns, out: Columns) -> Grads:
         """Gradients along `inputs`; out[i] (q, *shape) <- tangents of that along inputs[i], for along[i] (q, *shape)."""
-        grads = self._forward(loss, along, out)
-        if grads is None:
-            grads = self.gradient(loss, double=True)
-            self.push(grads, along, self.inputs[: len(out)], out)
+        ahead = self.ahead(loss, along, out)
+        if ahead is not None:
+            return ahead[0]
+        grads = self.gradient(loss, double=True)
+        self.push(grads, along, self.inputs[: len(out)], out)
         return grads
 
     @torch.no_grad()
-    def _forward(self, loss: torch.Tensor, along: Columns, out: Columns) -> Grads | None:
-        """The same by forward over reverse, or None where that does not know the graph, or torch is to watch it."""
+    def ahead(
+        self, loss: torch.Tensor, along: Columns, out: Columns, layers: Sequence[Any] = ()
+    ) -> tuple[Grads, list[torch.Tensor | None]] | None:
+        """The same by forward over reverse, and the tangents (q, 2, C) of what nodes of normalising layers met, or None.
+
+        None where that does not know the graph, the loss does not depend on a layer, or torch is to watch it.
+        """
         if self.handles != RemovableHandle.next_id or self._dtypes != {loss.dtype} or torch.is_anomaly_enabled():
             return None
         grads: Grads = []
+        moments: list[Any] = []
         try:
             walk = Walk(loss)
-            pieces = list(_pieces(self._chunk or max(1, _ROOM // self._weight(walk, out)), out, along))
+            if not walk.has(layers):
+                return None
+            pieces = list(_pieces(self._chunk or max(1, self._room() // self._weight(walk, out)), out, along))
             for n, (into, moved) in enumerate(pieces):
                 tangents = {id(i): m.to(i.dtype) for i, m in zip(self.inputs, moved, strict=True)}
                 found = walk.rows(tangents, first=n == 0, more=n + 1 < len(pieces))
                 rows = [found.get(id(i)) for i in self.inputs]
+                moments.append([walk.met(layer) for layer in layers])
                 if n == 0:
                     first = [None if r is None else r[0] for r in rows]
                     grads = first if len(pieces) == 1 else [None if r is None else r.clone() for r in first]
@@ -86,13 +97,20 @@ class Graph:
             self.gradient(loss)  # raises with what to do, where the graph is at fault
             raise
         self.say(FORWARD)
-        return grads
+        return grads, [None if m[0] is None else torch.cat(m) for m in zip(*moments, strict=True)]
 
     def _weight(self, walk: Walk, out: Columns) -> int:
         """Elements that one direction takes on its way: of the graph, and of tangents that are kept in less than they weigh
         on it, which are widened and found in full."""
         narrow = any(o.dtype.itemsize < i.dtype.itemsize for o, i in zip(out, self.inputs, strict=False))
         return max(1, walk.width, 2 * self._p if narrow else 0)
+
+    def _room(self) -> int:
+        """Elements that may be pushed at a time."""
+        place = self.inputs[0].device
+        if place.type != "cuda":
+            return _ROOM
+        return torch.cuda.get_device_properties(place).total_memory // (_OF_CARD * self.inputs[0].itemsize)
 
     def settle(self) -> None:
         """A step was taken: hooks set before act on no graph to come."""
@@ -107,8 +125,8 @@ class Graph:
         finally:
             self.handles += RemovableHandle.next_id - before
 
-    def gradient(self, loss: torch.Tensor, also: Sequence[torch.Tensor] = (), *, double: bool = False) -> Grads:
-        """Gradients along `inputs` and `also`; None where the loss does not depend on one."""
+    def gradient(self, loss: torch.Tensor, also: Sequence[Any] = (), *, double: bool = False) -> Grads:
+        """Gradients along `inputs` and `also`, tensors or edges; None where the loss does not depend on one."""
         if double:
             _refuse_once(loss.grad_fn)
         one = self._one if loss.dtype == self._one.dtype else torch.ones_like(loss)
@@ -225,6 +243,11 @@ def _advice(said: str) -> str:
         )
     if "second time" in said:
         return "the loss graph was used already. Do not call backward or step twice on it; compute the loss anew."
+    if "cudnn RNN backward" in said:
+        return (
+            "cuDNN's recurrent layers have no gradient in evaluation mode. Pass model=..., so that they run without cuDNN, "
+            "or compute the losses under torch.backends.cudnn.flags(enabled=False)."
+        )
     return f"the loss has no gradient. torch says: {said}"
 
 

@@ -64,6 +64,8 @@ class Losses:
 
     def __init__(self, source: Source, memory: Memory, hyper: dict[str, torch.Tensor], s: int, chunk: int | None):
         self._source, self._memory, self.hyper = source, memory, hyper
+        if source.module is not None:
+            memory.device.prepare(source.module)
         self.statistics, self.share = Statistics(source.module, s), np.zeros(s)
         self.graph = Graph([*memory.params, *hyper.values()], chunk)
         self._size = 0 if source.module is None else len(list(source.module.parameters()))
@@ -178,28 +180,37 @@ class Losses:
     def _by_graph(self, batch: Any, along: Columns | None, room: Buffer) -> Part:
         """On the loss graph; the gradient alone where along is None."""
         n, loss = len(self._memory.params), self._loss(batch)
-        seen = [] if along is None else self.statistics.take()
         if along is None:
             grads = self.graph.gradient(loss, double=self._probing)
-        elif seen:
-            grads = self._with_statistics(loss, seen, along, room.dG)
         else:
-            grads = self.graph.both(loss, along, room.dG)
+            grads = self._tangents(loss, self.statistics.take(), along, room.dG)
         write(room.g, grads[:n])
         return Part(self._memory.device.loss(loss), room, [g is not None for g in grads[:n]])
 
-    def _with_statistics(self, loss: torch.Tensor, seen: Sequence[Seen], along: Columns, out: Columns) -> Grads:
-        """The same through BatchNorm's running statistics."""
-        moved, fixed = [c for c in seen if c.term is not None], [c for c in seen if c.term is None]
+    def _tangents(self, loss: torch.Tensor, seen: Sequence[Seen], along: Columns, out: Columns) -> Grads:
+        """The gradient and its tangents, through BatchNorm's running statistics and with theirs."""
+        moved, fixed = [c for c in seen if c.zero is None], [c for c in seen if c.zero is not None]
+        ahead: Any = None if fixed else self.graph.ahead(loss, along, out, [c.node for c in moved])
+        if ahead is None:
+            ahead = self._twice(loss, moved, fixed, along, out)
+        self.statistics.due(moved, ahead[1])
+        return ahead[0]
+
+    def _twice(
+        self, loss: torch.Tensor, moved: Sequence[Seen], fixed: Sequence[Any], along: Columns, out: Columns
+    ) -> tuple[Grads, Sequence[torch.Tensor | None]]:
+        """The same by double backward."""
+        zeros = []
         with torch.enable_grad():
             for call in moved:
-                loss = loss + call.term  # type: ignore[operator]
+                zero, term = self.statistics.term(call)
+                zeros.append(zero)
+                loss = loss + term
         grads = self.graph.gradient(loss, [c.zero for c in fixed], double=True)
-        news = [c.zero.new_empty((len(along[0]), *c.zero.shape), requires_grad=False) for c in moved]
+        news = [z.new_empty((len(along[0]), *z.shape), requires_grad=False) for z in zeros]
         along = [*along, *(self.statistics.tangents[c.layer] for c in fixed)]
-        self.graph.push(grads, along, [*self._memory.params, *(c.zero for c in moved)], [*out, *news])
-        self.statistics.due(moved, news)
-        return grads
+        self.graph.push(grads, along, [*self._memory.params, *zeros], [*out, *news])
+        return grads, news
 
     def _by_differences(self, batch: Any, Z: Array, dhyper: Mapping[str, Array], room: Buffer) -> Part:
         if self.statistics.layers:
@@ -254,7 +265,7 @@ class Losses:
         with self.graph.apart(), self.statistics.apart(on=True):
             loss = self._outer_loss(batch)
             seen = self.statistics.take()
-            grads = self.graph.gradient(loss, [c.zero for c in seen], double=False)
+            grads = self.graph.gradient(loss, [self.statistics.at(call) for call in seen], double=False)
         into = self._memory.room(0)
         write(into.g, grads[:n])
         hyper = zip(self.hyper, grads[n : n + len(self.hyper)], strict=True)

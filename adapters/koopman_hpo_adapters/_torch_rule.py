@@ -6,7 +6,8 @@ A rule takes a node and its inputs' tangents, (q, *shape) each or None for what 
   bend(g, found): adds `(f''(x) dx)^T g` to the last q rows of each, in place; None of a linear node.
 For `y = f(x)` with the adjoint g the inputs' is `f'(x)^T g` and its tangent `f'(x)^T dg + (f''(x) dx)^T g`: the adjoint and
 its q tangents go back as rows together.  What `back` gives is new memory wherever there is a bend.  Nodes that have rules
-have one output.
+have one output.  A layer that keeps running statistics returns, beside these, the tangents (q, 2, C) of its input's mean
+and variance.
 
 All q directions pass at once: a weight's as more output features, an input's as more examples.  So the examples lie
 outermost in memory, though q is the first dimension everywhere.
@@ -25,7 +26,7 @@ Tangent = Any  # (q, *shape), or None
 Push = Callable[[], torch.Tensor]
 Back = Callable[[torch.Tensor], Sequence[Tangent]]
 Bend = Callable[[torch.Tensor, Sequence[Tangent]], None] | None
-Ways = tuple[Push, Back, Bend]
+Ways = tuple[Push, Back, Bend] | tuple[Push, Back, Bend, torch.Tensor]
 
 
 class Unknown(Exception):

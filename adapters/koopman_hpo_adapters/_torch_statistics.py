@@ -1,9 +1,10 @@
 """BatchNorm's running statistics as part of the training state: their tangents, carried step by step.
 
 In training mode `r' = (1 - rate) r + rate s(x)`, and s, mean and variance of the layer's input, depends on the parameters;
-in evaluation mode the output depends on r.  Both are made visible to double backward by inputs that are zero: `<s, u>` is
-added to the loss, whose gradient along u is s and along the parameters, at u = 0, what it was; and an evaluating layer's
-output gets `(d output / d r) e`, which is zero, with e's derivative that of r.
+in evaluation mode the output depends on r.  Forward over reverse has the tangents of s on its way.  To double backward
+both are made visible by inputs that are zero: `<s, u>` is added to the loss, whose gradient along u is s and along the
+parameters, at u = 0, what it was; and an evaluating layer's output gets `(d output / d r) e`, which is zero, with e's
+derivative that of r.  Where the gradient alone is asked for, that by r follows from that by the layer's output.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -27,8 +29,10 @@ class Seen(NamedTuple):
 
     layer: int  # its number
     rate: float  # of the running average; NaN in evaluation
-    zero: torch.Tensor  # (2, C) u or e
-    term: torch.Tensor | None  # <s, u>
+    zero: torch.Tensor | None  # (2, C) e, in evaluation, where second derivatives are to come
+    x: torch.Tensor  # its input
+    node: Any  # of the graph, that made its output; of an outer loss that node's edge, at which it has a gradient
+    version: int  # of x
 
 
 class Statistics:
@@ -44,7 +48,8 @@ class Statistics:
             raise AdapterError("HyperOptimizer: InstanceNorm with running statistics is not supported; leave them out.")
         self.layers: list[Any] = [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
         self.tangents = [m.running_mean.new_zeros((s, 2, m.num_features)) for m in self.layers]
-        self.on, self._moved = True, [False] * len(self.layers)  # whether tangents may have left zero: not read on a card
+        self.on, self._outer = True, False
+        self._moved = [False] * len(self.layers)  # whether tangents may have left zero: not read on a card
         self._seen: list[Seen] = []
         self._due: list[tuple[Seen, torch.Tensor]] = []
         for i, layer in enumerate(self.layers):
@@ -59,23 +64,18 @@ class Statistics:
         if layer.training:
             if x.requires_grad:
                 rate = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
-                self._note(i, rate, x.to(layer.running_mean.dtype))
+                self._seen.append(Seen(i, float(rate), None, x, out.grad_fn, x._version))
             return None
         if not self._moved[i]:
             return None
+        if self._outer and out.requires_grad:
+            self._seen.append(Seen(i, np.nan, None, x, get_gradient_edge(out), x._version))
+            return None
         zero = layer.running_mean.new_zeros((2, layer.num_features)).requires_grad_()
-        self._seen.append(Seen(i, np.nan, zero, None))
-        wide = lambda v: v.view(1, -1, *(1,) * (x.dim() - 2))
-        inverse = torch.rsqrt(layer.running_var + layer.eps)
-        scale = inverse if layer.weight is None else inverse * layer.weight
-        half = wide(0.5 * inverse**2 * zero[1]) * (x - wide(layer.running_mean))
+        self._seen.append(Seen(i, np.nan, zero, x, out.grad_fn, x._version))
+        wide, scale, curve = _of_running(layer, x)
+        half = wide(curve * zero[1]) * (x - wide(layer.running_mean))
         return out - (wide(scale) * (wide(zero[0]) + half)).to(out.dtype)
-
-    def _note(self, i: int, rate: float, x: torch.Tensor) -> None:
-        over = [0, *range(2, x.dim())]
-        moments = torch.stack((x.mean(over), x.var(over, correction=1)))
-        zero = torch.zeros_like(moments, requires_grad=True)
-        self._seen.append(Seen(i, float(rate), zero, (moments * zero).sum()))
 
     # -- what the step asks ------------------------------------------------------------------------------------------
 
@@ -84,18 +84,27 @@ class Statistics:
         seen, self._seen = self._seen, []
         return seen
 
+    def term(self, call: Seen) -> tuple[torch.Tensor, torch.Tensor]:
+        """u (2, C) of a training call, and <s, u>."""
+        x = call.x.to(self.tangents[call.layer].dtype)
+        over = [0, *range(2, x.dim())]
+        moments = torch.stack((x.mean(over), x.var(over, correction=1)))
+        zero = torch.zeros_like(moments, requires_grad=True)
+        return zero, (moments * zero).sum()
+
     @contextmanager
     def apart(self, on: bool) -> Iterator[None]:
-        """Calls within are of their own: those noted before are kept for the step."""
-        kept, was, self._seen, self.on = self._seen, self.on, [], on
+        """Calls within are of their own, of an outer loss: those noted before are kept for the step."""
+        kept, self._seen, self.on, self._outer = (self._seen, self.on, self._outer), [], on, True
         try:
             yield
         finally:
-            self._seen, self.on = kept, was
+            self._seen, self.on, self._outer = kept
 
-    def due(self, seen: Sequence[Seen], moved: Sequence[torch.Tensor]) -> None:
-        """Hold d s (s, 2, C) of each training call until the step is taken."""
-        self._due += list(zip(seen, moved, strict=True))
+    def due(self, seen: Sequence[Seen], moved: Sequence[torch.Tensor | None]) -> None:
+        """Hold d s (s, 2, C) of each training call, None for zero, until the step is taken."""
+        held = (torch.zeros_like(self.tangents[c.layer]) if m is None else m for c, m in zip(seen, moved, strict=True))
+        self._due += list(zip(seen, held, strict=True))
 
     def advance(self) -> None:
         """The running average of the tangents, call by call."""
@@ -114,11 +123,31 @@ class Statistics:
             t.mul_(rho) if rho else t.zero_()
 
     def pull(self, seen: Sequence[Seen], grads: Sequence[torch.Tensor | None]) -> Array:
-        """(s,) share of the hypergradient that goes through the running statistics."""
-        calls = [(call, g.detach()) for call, g in zip(seen, grads, strict=True) if g is not None]
+        """(s,) share of the hypergradient that goes through the running statistics; gradients along `at`."""
+        calls = [(call, self._slope(call, g)) for call, g in zip(seen, grads, strict=True) if g is not None]
         shares = [torch.tensordot(self.tangents[call.layer], g, 2).double() for call, g in calls]
         none = np.zeros(len(self.tangents[0]) if self.tangents else 1)
         return torch.stack(shares).sum(0).cpu().numpy() if shares else none  # one wait for a card
+
+    @staticmethod
+    def at(call: Seen) -> Any:
+        """Where the gradient of an outer loss is asked for."""
+        return call.node if call.zero is None else call.zero
+
+    @torch.no_grad()
+    def _slope(self, call: Seen, g: torch.Tensor) -> torch.Tensor:
+        """(2, C) gradient along the running statistics, from that at the layer's output."""
+        if call.zero is not None:
+            return g.detach()
+        layer, x = self.layers[call.layer], call.x
+        if x._version != call.version:
+            raise AdapterError(
+                "HyperOptimizer: val_loss changed the input of a BatchNorm layer in place after the layer had used it. "
+                "Replace the in-place operation."
+            )
+        wide, scale, curve = _of_running(layer, x)
+        over, g = [0, *range(2, x.dim())], g.to(layer.running_mean.dtype)
+        return torch.stack((g.sum(over), curve * (g * (x - wide(layer.running_mean))).sum(over))) * -scale
 
     def arrays(self) -> dict[str, torch.Tensor]:
         """The tangents by the names that they have in a snapshot."""
@@ -133,6 +162,13 @@ class Statistics:
         for name, t in self.arrays().items():
             t.copy_(tensors[name])
         self._moved = [bool(t.any()) for t in self.tangents] if moved is None else moved.tolist()
+
+
+def _of_running(layer: Any, x: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """In evaluation `y = scale (x - mean) + b`: what makes (C,) broadcast, scale (C,), and `-(d scale / d var) / scale`."""
+    inverse = torch.rsqrt(layer.running_var + layer.eps)
+    scale = inverse if layer.weight is None else inverse * layer.weight
+    return lambda v: v.view(1, -1, *(1,) * (x.dim() - 2)), scale, 0.5 * inverse**2
 
 
 class _Hook:

@@ -107,6 +107,16 @@ def test_without_a_card_the_way_out_is_named(broken, monkeypatch):
     assert for_device("cpu").sgd
 
 
+def test_a_numpy_that_numba_cuda_does_not_know_is_named(monkeypatch):
+    def load(name):
+        raise AttributeError("module 'numpy' has no attribute 'row_stack'")
+
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr("koopman_hpo.kernels.import_module", load)
+    with pytest.raises(RuntimeError, match=r"(?s)older NumPy than 2.*row_stack.*pip install .numpy<2\.5"):
+        for_device("cuda")
+
+
 def test_an_unknown_device_is_refused():
     with pytest.raises(ValueError, match=r"one of \('cpu', 'cuda'\), got 'tpu'"):
         for_device("tpu")

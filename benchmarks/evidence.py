@@ -5,7 +5,8 @@
 
 A section is a module of `study`; its results go to benchmarks/results/study_SECTION.json.  The small tier takes minutes on
 two cores, --full hours.  MNIST (idx files) and KMNIST (npz) are read from --data; without it their problems are left out,
-and the page says so.  Trajectories are kept in --cache, so that a method can be judged again without training.
+and the page says so.  Section true_size needs a card, and is measured only by name.  Trajectories are kept in --cache, so
+that a method can be judged again without training.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import time
 
 from koopman import cpu, on_one_thread, versions
-from study import SECTIONS, Settings, page
+from study import ON_A_CARD, SECTIONS, Settings, page
 
 HERE = pathlib.Path(__file__).parent
 
@@ -47,20 +48,19 @@ def measure(name: str, settings: Settings) -> int:
 def main() -> None:
     on_one_thread()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all that need no card")
     parser.add_argument("--full", action="store_true", help="more seeds, learning rates and windows")
     parser.add_argument("--data", type=pathlib.Path, help="folder with MNIST (idx) and KMNIST (npz)")
     parser.add_argument("--jobs", type=int, default=1, help="processes that train")
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "koopman-hpo-study")
-    parser.add_argument("--gpu", action="store_true", help="the wide residual network at its true size, on a CUDA device")
     parser.add_argument("--page", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
     unknown = set(arguments.sections) - set(SECTIONS)
     if unknown:
         parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
     if not arguments.page:
-        settings = Settings(arguments.full, arguments.data, arguments.cache, arguments.jobs, arguments.gpu)
-        for name in arguments.sections or SECTIONS:
+        settings = Settings(arguments.full, arguments.data, arguments.cache, arguments.jobs)
+        for name in arguments.sections or [name for name in SECTIONS if name not in ON_A_CARD]:
             print(f"{name}: {measure(name, settings)} s", flush=True)
     page.write({name: json.loads(stored(name).read_text()) for name in SECTIONS if stored(name).exists()})
 

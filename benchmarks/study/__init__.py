@@ -9,7 +9,7 @@ where a record is what evidence.py stores: {"tier", "seconds", "cpu", "versions"
 
 from __future__ import annotations
 
-from . import costs, crossing, estimates, model_based, paper, payoff, questions, restarts, tuning
+from . import costs, crossing, estimates, model_based, paper, payoff, questions, restarts, true_size, tuning
 from .settings import Settings
 
 SECTIONS = {
@@ -22,6 +22,8 @@ SECTIONS = {
     "restarts": restarts,
     "payoff": payoff,
     "paper": paper,
+    "true_size": true_size,
 }
+ON_A_CARD = ("true_size",)  # measured only when asked for
 
-__all__ = ["SECTIONS", "Settings"]
+__all__ = ["ON_A_CARD", "SECTIONS", "Settings"]

@@ -87,10 +87,10 @@ def reweighted(settings: Settings) -> dict[str, Any]:
     """The wide residual network: its size, and every method on every seed."""
     from . import wide
 
-    size = wide.TRUE if settings.gpu else wide.FULL if settings.full else wide.SMALL
-    job = partial(wide.row, data=settings.data, size=size, device="cuda" if settings.gpu else "cpu")
+    size = wide.FULL if settings.full else wide.SMALL
+    job = partial(wide.row, data=settings.data, size=size, device="cpu")
     jobs = [(m, s) for s in range(FIRST_SEED, FIRST_SEED + (3 if settings.full else 1)) for m in reversed(wide.METHODS)]
-    return {"size": size._asdict(), "rows": [job(j) for j in jobs] if settings.gpu else settings.map(job, jobs)}
+    return {"size": size._asdict(), "rows": settings.map(job, jobs)}
 
 
 def whole(x: float | None) -> float:
@@ -140,12 +140,15 @@ def verdict(record: dict[str, Any]) -> str:
 
 
 def wide_block(record: dict[str, Any]) -> str:
-    """The wide residual network: losses, and times beside each other."""
     if not record["results"].get("wide"):
         return "Not measured: it needs KMNIST (--data) and torch."
+    return reweighting(record["results"]["wide"])
+
+
+def reweighting(results: dict[str, Any]) -> str:
+    """The wide residual network: losses, and times beside each other."""
     from . import wide
 
-    results = record["results"]["wide"]
     size, rows, side = results["size"], results["rows"], 28 // results["size"]["pooled"]
     about = (
         f"WRN-{size['depth']}, {size['base']} to {4 * size['base']} channels, {size['steps']:,} steps of {size['batch']}, "

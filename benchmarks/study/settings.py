@@ -18,7 +18,6 @@ class Settings:
     data: pathlib.Path | None = None
     cache: pathlib.Path = pathlib.Path("study-cache")
     jobs: int = 1
-    gpu: bool = False  # the wide residual network at its true size
 
     def map(self, function: Callable[..., Any], items: Iterable[Any]) -> list[Any]:
         """`[function(item) for item in items]`, in as many processes as asked for."""

@@ -44,7 +44,7 @@ class Size(NamedTuple):
 
 SMALL = Size(10, 8, 2, 300, 32, 250, 25, 100, 2000, 3)
 FULL = SMALL._replace(steps=1000, runs=5)
-TRUE = Size(28, 32, 1, 400, 128, 4000, 50, 500, 5000, 5)
+TRUE = Size(28, 32, 1, 400, 128, 1000, 50, 500, 5000, 4)
 STRATEGIES: dict[str, Any] = {"local": Local(), "glocal": Glocal(snapshots=5), "global": Global()}
 
 

@@ -458,6 +458,13 @@ class Layers(nn.Module):
         return self.out(self.drop(self.group(x.flatten(1))))
 
 
+class Soft(Layers):
+    """One layer without a rule."""
+
+    def forward(self, x):
+        return F.softplus(super().forward(x))
+
+
 class Plain(nn.Module):
     """Every layer has a rule of its own for tangents."""
 
@@ -475,8 +482,9 @@ class Plain(nn.Module):
 @pytest.mark.parametrize(
     ("make", "kind", "path"),
     [
-        (Layers, torch.optim.SGD, "batched double backward"),
-        (Layers, torch.optim.Adam, "batched double backward"),
+        (Soft, torch.optim.SGD, "batched double backward"),
+        (Soft, torch.optim.Adam, "batched double backward"),
+        (Layers, torch.optim.SGD, "forward over reverse"),
         (Plain, torch.optim.Adam, "forward over reverse"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -156,16 +158,74 @@ _weighted("CloneBackward0", lambda node: (_by(1),))
 # -- shapes and sums -----------------------------------------------------------------------------------------------------
 
 
-@linear("ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "SqueezeBackward1")
+@linear("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "SqueezeBackward1")
 def _view(node: Any) -> Any:
     before, after = shape_of(node, 0), shape_of(node)
-    return lambda d: d.reshape(len(d), *after), lambda rows: rows.reshape(len(rows), *before)
+    return lambda d: _reshaped(d, after), lambda rows: _reshaped(rows, before)
+
+
+def _reshaped(d: torch.Tensor, after: Sequence[int]) -> torch.Tensor:
+    """(q, *before) -> (q, *after).  Where that takes a copy, the examples come to lie outermost in it: the first of the
+    dimensions after, or those before that become it."""
+    try:
+        return d.view(len(d), *after)
+    except RuntimeError:
+        sizes, outer = d.shape[1:], list(accumulate(d.shape[1:], mul))
+        if not after or after[0] not in outer:
+            return d.reshape(len(d), *after)
+        k = outer.index(after[0]) + 1
+        order = [*range(1, k + 1), 0, *range(k + 1, len(sizes) + 1)]
+        return d.permute(order).reshape(after[0], len(d), *after[1:]).transpose(0, 1)
 
 
 @linear("TBackward0")
 def _t(node: Any) -> Any:
     turn = lambda d: d.transpose(-2, -1)
     return turn, turn
+
+
+@linear("TransposeBackward0")
+def _transpose(node: Any) -> Any:
+    dims = len(shape_of(node))
+    one, two = signed(node._saved_dim0) % dims, signed(node._saved_dim1) % dims
+    turn = lambda d: d.transpose(one + 1, two + 1)
+    return turn, turn
+
+
+@linear("PermuteBackward0")
+def _permute(node: Any) -> Any:
+    dims = [0, *(signed(i) % len(node._saved_dims) + 1 for i in node._saved_dims)]
+    inverse = [dims.index(i) for i in range(len(dims))]
+    return lambda d: d.permute(dims), lambda rows: rows.permute(inverse)
+
+
+@linear("ExpandBackward0")
+def _expand(node: Any) -> Any:
+    before, after = shape_of(node, 0), shape_of(node)
+    return lambda d: lift(d, len(after)).expand(-1, *after), lambda rows: sum_to(rows, before)
+
+
+@linear("SelectBackward0")
+def _select(node: Any) -> Any:
+    before, i = shape_of(node, 0), signed(node._saved_index)
+    return _part(before, (..., i, *[slice(None)] * (len(before) - 1 - signed(node._saved_dim) % len(before))))
+
+
+@linear("SliceBackward0")
+def _slice(node: Any) -> Any:
+    before, part = shape_of(node, 0), slice(signed(node._saved_start), signed(node._saved_end), node._saved_step)
+    return _part(before, (..., part, *[slice(None)] * (len(before) - 1 - signed(node._saved_dim) % len(before))))
+
+
+def _part(before: Sequence[int], place: tuple[Any, ...]) -> Any:
+    """A part of a tensor by basic indexing."""
+
+    def back(rows: torch.Tensor) -> torch.Tensor:
+        out = rows.new_zeros((len(rows), *before))
+        out[place] = rows
+        return out
+
+    return lambda d: d[place], back
 
 
 @linear("IndexBackward0")

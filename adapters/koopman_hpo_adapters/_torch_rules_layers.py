@@ -24,6 +24,7 @@ from ._torch_rule import (
 
 _aten = torch.ops.aten
 _convolution_backward, _nll_loss_backward = _aten.convolution_backward.default, _aten.nll_loss_backward.default
+_embedding_backward = _aten.embedding_dense_backward.default
 _threshold_backward, _avg_pool2d_backward = _aten.threshold_backward.default, _aten.avg_pool2d_backward.default
 
 
@@ -150,7 +151,45 @@ def _masked_fill(node: Any) -> Any:
     return mask, mask
 
 
+@linear("EmbeddingBackward0")
+def _embedding(node: Any) -> Any:
+    places, n, padding = node._saved_indices, node._saved_weight_sym_argsize_0, signed(node._saved_padding_idx)
+    if node._saved_sparse or node._saved_scale_grad_by_freq:
+        raise Unknown
+
+    def ahead(d: torch.Tensor) -> torch.Tensor:
+        out = d.transpose(0, 1)[places].movedim(-2, 0)
+        return out if padding < 0 else out.masked_fill((places == padding).unsqueeze(-1), 0)
+
+    def back(rows: torch.Tensor) -> torch.Tensor:
+        out = _embedding_backward(rows.movedim(0, -2).flatten(-2), places, n, padding, False)
+        return out.unflatten(-1, (len(rows), -1)).transpose(0, 1)
+
+    return ahead, back
+
+
+@linear("NativeDropoutBackward0")
+def _dropout(node: Any) -> Any:
+    """A card's; the CPU multiplies."""
+    keep = node._saved_result1 / (1 - node._saved_p) if node._saved_p < 1 else torch.zeros_like(node._saved_result1)
+    mask = lambda d: d * keep
+    return mask, mask
+
+
 # -- losses ------------------------------------------------------------------------------------------------------------
+
+
+@curved("SoftmaxBackward0")
+def _softmax(node: Any, moved: Sequence[Tangent]) -> Ways:
+    (dx,), y = moved, node._saved_result
+    dim = signed(node._saved_dim) % y.dim() - y.dim()
+    centred = lambda d: d - (y * d).sum(dim, keepdim=True)
+    dy = y * centred(dx)
+
+    def bend(g: torch.Tensor, found: Sequence[Tangent]) -> None:
+        found[0].addcmul_(dy, centred(g)).addcmul_(y, (dy * g).sum(dim, keepdim=True), value=-1)
+
+    return lambda: dy, lambda rows: (y * centred(rows),), bend
 
 
 @curved("LogSoftmaxBackward0")

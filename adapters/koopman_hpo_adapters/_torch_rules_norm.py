@@ -1,13 +1,17 @@
-"""The rule of BatchNorm: all its passes in terms of its input, the normalised input, and one number a channel."""
+"""Rules of normalisations.  BatchNorm's passes are in terms of its input, the normalised one, and numbers of a channel."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ._torch_rule import Tangent, Ways, curved, plus
+from ._torch_rule import Tangent, Ways, curved, plus, sum_to
+
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+_group_norm_backward = torch.ops.aten.native_group_norm_backward.default
+Project = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @curved("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
@@ -85,3 +89,85 @@ def _moments(node: Any, training: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return node._saved_result1, node._saved_result2
     eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon  # cuDNN's name
     return node._saved_running_mean, torch.rsqrt(node._saved_running_var + eps)
+
+
+@curved("NativeLayerNormBackward0")
+def _layer_norm(node: Any, moved: Sequence[Tangent]) -> Ways:
+    x, scaled = node._saved_input, list(node._saved_normalized_shape)
+    lead = x.dim() - len(scaled)
+
+    def project(d: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """In one pass of torch's, each direction an example beside x again."""
+        at = 0 if d.is_contiguous() else lead
+        d = d.movedim(0, at)
+        again = lambda a: a.unsqueeze(at).expand(*d.shape[: lead + 1], *a.shape[lead:]).contiguous()
+        saved = again(x), scaled, again(node._saved_result1), again(node._saved_result2)
+        return _layer_norm_backward(d.contiguous(), *saved, weight, None, [True, False, False])[0].movedim(at, 0)
+
+    return _normalised(node, moved, list(x.shape), list(range(lead, x.dim())), scaled, project)
+
+
+@curved("NativeGroupNormBackward0")
+def _group_norm(node: Any, moved: Sequence[Tangent]) -> Ways:
+    x, n, c, area, groups = node._saved_input, node._saved_N, node._saved_C, node._saved_HxW, node._saved_group
+    view = [n, groups, c // groups, area]
+
+    def project(d: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """The same."""
+        q, at = len(d), 0 if d.is_contiguous() else 1
+        d = d.movedim(0, at).contiguous()
+        again = lambda a: a.unsqueeze(at).expand(*d.shape[:2], *a.shape[1:]).flatten(0, 1).contiguous()
+        saved = again(x), again(node._saved_result1), again(node._saved_result2)
+        weight = None if weight is None else weight.flatten()
+        found = _group_norm_backward(d.view(n * q, c, area), *saved, weight, n * q, c, area, groups, [True, False, False])
+        return found[0].view(d.shape).movedim(at, 0)
+
+    return _normalised(node, moved, view, [2, 3], [groups, c // groups, 1], project)
+
+
+def _normalised(
+    node: Any, moved: Sequence[Tangent], view: list[int], over: list[int], scaled: list[int], project: Project
+) -> Ways:
+    """`y = w h + b` with `h = s (x - <x>)`, <> the mean over some dimensions of x in this view; w and b of shape `scaled`.
+
+    `dh = P dx` with `P v = s (v - <v> - h <h v>)`, and the way back is likewise.  project: (v, weight) -> P (weight v).
+    """
+    shape, one = node._saved_input.shape, [1 if i in over else n for i, n in enumerate(view)]
+    s, weight = node._saved_result2.reshape(one), node._saved_weight
+    h = (node._saved_input.reshape(view) - node._saved_result1.reshape(one)) * s
+    grouped = lambda d, to: None if d is None else d.reshape(len(d), *to)
+    dx, dw, db = grouped(moved[0], view), grouped(moved[1], scaled), grouped(moved[2], scaled)
+    wide = lambda d: d.reshape(len(d), *[1] * (len(view) - len(scaled)), *scaled)
+    w = None if weight is None else weight.reshape(scaled)
+    mean = lambda d: d.mean([i + 1 for i in over], keepdim=True)
+    to_weight = lambda d, like: sum_to(d, scaled).reshape(len(d), *like.shape[1:])
+    dh: Any = None if dx is None else project(dx, None)
+
+    def push() -> torch.Tensor:
+        dy: Any = None if db is None else wide(db)
+        for d, by in ((dh, w), (None if dw is None else wide(dw), h)):
+            if d is not None:
+                own = d if by is None else d * by
+                dy = own if dy is None else own.add_(dy) if by is not None else own + dy
+        return dy.expand(-1, *view).reshape(-1, *shape)
+
+    def back(rows: torch.Tensor) -> Sequence[Tangent]:
+        rows = rows.reshape(len(rows), *view)
+        gx = None if dx is None else project(rows, w).reshape(-1, *shape)
+        gw = None if dw is None else to_weight(rows * h, moved[1])
+        return gx, gw, None if db is None else to_weight(rows, moved[2])
+
+    def bend(g: torch.Tensor, found: Sequence[Tangent]) -> None:
+        gx, gw, _ = found
+        if gx is None:
+            return
+        g = g.reshape(1, *view)
+        v, gx = g if w is None else g * w, gx.view(len(gx), *view)
+        across = dh * v
+        gx.addcmul_(project(v, None), s * mean(dx * h), value=-1)
+        gx.addcmul_(dh, s * mean(v * h), value=-1).addcmul_(h, s * mean(across), value=-1)
+        if gw is not None:
+            gx.add_(project(wide(dw) * g, None))
+            gw.add_(to_weight(dh * g, moved[1]))
+
+    return push, back, bend

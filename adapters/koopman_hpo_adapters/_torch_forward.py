@@ -42,7 +42,7 @@ class Walk:
 
     def has(self, nodes: Sequence[Any]) -> bool:
         """Whether the loss depends on all these nodes."""
-        return set(nodes) <= {node for node, *_ in self._nodes}
+        return not nodes or set(nodes) <= {node for node, *_ in self._nodes}
 
     def met(self, node: Any) -> torch.Tensor | None:
         """(q, 2, C) tangents of the mean and variance of what a normalising layer met, in the last `rows`; None of none."""

@@ -89,7 +89,7 @@ def reweighted(settings: Settings) -> dict[str, Any]:
 
     size = wide.FULL if settings.full else wide.SMALL
     job = partial(wide.row, data=settings.data, size=size, device="cpu")
-    jobs = [(m, s) for s in range(FIRST_SEED, FIRST_SEED + (3 if settings.full else 1)) for m in reversed(wide.METHODS)]
+    jobs = [(m, s) for s in range(FIRST_SEED, FIRST_SEED + (5 if settings.full else 3)) for m in reversed(wide.METHODS)]
     return {"size": size._asdict(), "rows": settings.map(job, jobs)}
 
 

@@ -368,6 +368,39 @@ def test_running_statistics_count_for_much_of_the_hypergradient():
     assert abs(hopt.hypergradient().grad / right - 1) > 0.05
 
 
+class Own(nn.BatchNorm1d):
+    """What BatchNorm does, in a class of its own."""
+
+    def forward(self, x):
+        return super().forward(x) * 1.0
+
+
+@pytest.mark.parametrize("kind", ["hook before", "hook after", "class"])
+def test_a_batchnorm_in_other_hands_agrees_with_differences(kind):
+    torch.manual_seed(3)
+    norm = Own(6) if kind == "class" else nn.BatchNorm1d(6)
+    model = nn.Sequential(nn.Linear(5, 6), norm, nn.Tanh(), nn.Linear(6, 3)).to(WIDE)
+    half = lambda layer, x, out: out * 0.5 if layer.training or kind == "hook after" else out * 1.0
+    if kind == "hook before":
+        norm.register_forward_hook(half)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8)
+    losses = lambda shift: loss_of(model.train(), shift), lambda _: loss_of(model.eval(), 0.5)
+    run = kt.inner(opt, *losses, ("lr", "momentum"), model=model)
+    if kind == "hook after":
+        norm.register_forward_hook(half)
+    check = check_hypergradient(run, [0.0, 0.1] * 3, None)
+    assert check.ok, str(check)
+    assert check.error.max() < 1e-7
+
+
+def test_a_batchnorm_that_evaluates_to_something_else_is_refused():
+    norm = nn.BatchNorm1d(5)
+    norm.register_forward_hook(lambda layer, x, out: out * 2)
+    model = nn.Sequential(nn.Linear(5, 5), norm, nn.Linear(5, 3)).to(WIDE)
+    hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",))
+    bad(lambda: (hopt.step(loss_of(model)), hopt.hypergradient()), "another output in evaluation than BatchNorm")
+
+
 class Aside(nn.Module):
     """Statistics of a branch that the loss does not see, or that no tuned parameter moves, and that validation uses."""
 

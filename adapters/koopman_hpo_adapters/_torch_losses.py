@@ -190,7 +190,9 @@ class Losses:
     def _tangents(self, loss: torch.Tensor, seen: Sequence[Seen], along: Columns, out: Columns) -> Grads:
         """The gradient and its tangents, through BatchNorm's running statistics and with theirs."""
         moved, fixed = [c for c in seen if c.zero is None], [c for c in seen if c.zero is not None]
-        ahead: Any = None if fixed else self.graph.ahead(loss, along, out, [c.node for c in moved])
+        ahead: Any = None
+        if not fixed and all(c.node is not None for c in moved):
+            ahead = self.graph.ahead(loss, along, out, [c.node for c in moved])
         if ahead is None:
             ahead = self._twice(loss, moved, fixed, along, out)
         self.statistics.due(moved, ahead[1])

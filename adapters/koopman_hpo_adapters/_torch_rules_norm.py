@@ -12,9 +12,10 @@ from ._torch_rule import Tangent, Ways, curved, plus, sum_to
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 _group_norm_backward = torch.ops.aten.native_group_norm_backward.default
 Project = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
 
-@curved("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
+@curved(*BATCH_NORMS)
 def _batch_norm(node: Any, moved: Sequence[Tangent]) -> Ways:
     """`y = w h + b` with `h = s (x - mean)` and s the inverse standard deviation, of the batch or, in evaluation, fixed.
 

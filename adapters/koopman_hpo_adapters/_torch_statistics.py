@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from koopman_hpo.errors import AdapterError
 from koopman_hpo.problem import Array
+
+from ._torch_rules_norm import BATCH_NORMS
 
 
 class Seen(NamedTuple):
@@ -31,7 +34,7 @@ class Seen(NamedTuple):
     rate: float  # of the running average; NaN in evaluation
     zero: torch.Tensor | None  # (2, C) e, in evaluation, where second derivatives are to come
     x: torch.Tensor  # its input
-    node: Any  # of the graph, that made its output; of an outer loss that node's edge, at which it has a gradient
+    node: Any  # of the graph, that made its output, if it is known; of an outer loss its edge, at which it has a gradient
     version: int  # of x
 
 
@@ -51,6 +54,7 @@ class Statistics:
         self.on, self._outer = True, False
         self._moved = [False] * len(self.layers)  # whether tangents may have left zero: not read on a card
         self._seen: list[Seen] = []
+        self._checked: set[int] = set()  # layers that are known to do in evaluation what BatchNorm does
         self._due: list[tuple[Seen, torch.Tensor]] = []
         for i, layer in enumerate(self.layers):
             layer.register_forward_hook(_Hook(self, i))
@@ -61,14 +65,17 @@ class Statistics:
         """Note a call of layer i; returns an output that depends on the running statistics too, or None."""
         if not (self.on and torch.is_grad_enabled()):
             return None
+        own = type(out.grad_fn).__name__ in BATCH_NORMS
         if layer.training:
             if x.requires_grad:
                 rate = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
-                self._seen.append(Seen(i, float(rate), None, x, out.grad_fn, x._version))
+                self._seen.append(Seen(i, float(rate), None, x, out.grad_fn if own else None, x._version))
             return None
         if not self._moved[i]:
             return None
-        if self._outer and out.requires_grad:
+        if not own and i not in self._checked:
+            self._check(i, layer, x, out)
+        if self._outer and own:
             self._seen.append(Seen(i, np.nan, None, x, get_gradient_edge(out), x._version))
             return None
         zero = layer.running_mean.new_zeros((2, layer.num_features)).requires_grad_()
@@ -76,6 +83,18 @@ class Statistics:
         wide, scale, curve = _of_running(layer, x)
         half = wide(curve * zero[1]) * (x - wide(layer.running_mean))
         return out - (wide(scale) * (wide(zero[0]) + half)).to(out.dtype)
+
+    @torch.no_grad()
+    def _check(self, i: int, layer: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Raise where an evaluating layer, of a class of its own or under another hook, is no BatchNorm."""
+        moments = layer.running_mean, layer.running_var
+        wanted = batch_norm(x, *moments, layer.weight, layer.bias, training=False, eps=layer.eps)
+        if out.shape != wanted.shape or not torch.allclose(out.detach(), wanted, rtol=1e-3, atol=1e-3):
+            raise AdapterError(
+                f"HyperOptimizer: {type(layer).__name__} gives another output in evaluation than BatchNorm, by its own "
+                f"class or by a hook that was set before. Set hooks after wrapping, or do without running statistics."
+            )
+        self._checked.add(i)
 
     # -- what the step asks ------------------------------------------------------------------------------------------
 

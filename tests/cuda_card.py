@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from cuda_torch import TUNED, agree, wrapped
+from cuda_torch import TUNED, agree, resumes, wrapped
 from koopman_hpo_adapters.torch import HyperOptimizer
 from numba import config
 from torch import nn
@@ -49,23 +49,7 @@ def test_tangents_in_half_the_memory_lose_what_their_type_loses(kept):
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path):
     """With dropout, whose masks come from the card's generator."""
-    whole, first, again = (wrapped("adam", place="cuda") for _ in range(3))
-    torch.manual_seed(3)
-    for _ in range(6):
-        whole[2]()
-    torch.manual_seed(3)
-    for _ in range(4):
-        first[2]()
-    first[1].save(tmp_path / "run.npz")
-    for _ in range(4):
-        again[2]()
-    again[1].load(tmp_path / "run.npz")
-    for _ in range(2):
-        again[2]()
-    one, two = whole[1].state_dict(), again[1].state_dict()
-    for name in one:
-        if name != "meta":
-            np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+    resumes(tmp_path, "cuda")
 
 
 def test_a_window_that_diverges_is_taken_back():

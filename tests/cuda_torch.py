@@ -302,9 +302,9 @@ def test_accumulated_losses_are_the_same(on_card):
     agree(*runs, 1e-10)
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(on_card, tmp_path):
-    on_card()
-    whole, first, again = (wrapped("adam") for _ in range(3))
+def resumes(tmp_path, place="cpu"):
+    """A run that is saved and resumed is the uninterrupted one, bit for bit, dropout's masks included."""
+    whole, first, again = (wrapped("adam", place=place) for _ in range(3))
     torch.manual_seed(3)
     for _ in range(6):
         whole[2]()
@@ -321,6 +321,11 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(on_card, tmp_pa
     for name in one:
         if name != "meta":
             np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(on_card, tmp_path):
+    on_card()
+    resumes(tmp_path)
 
 
 def test_a_window_that_diverges_is_taken_back(on_card):

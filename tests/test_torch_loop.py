@@ -10,6 +10,7 @@ import torch
 from koopman_hpo_adapters import torch as kt
 from koopman_hpo_adapters.torch import HyperOptimizer
 from torch import nn
+from torch.utils import checkpoint as checkpointing
 
 from koopman_hpo import (
     AdapterError,
@@ -398,7 +399,110 @@ def test_a_batchnorm_that_evaluates_to_something_else_is_refused():
     norm.register_forward_hook(lambda layer, x, out: out * 2)
     model = nn.Sequential(nn.Linear(5, 5), norm, nn.Linear(5, 3)).to(WIDE)
     hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",))
-    bad(lambda: (hopt.step(loss_of(model)), hopt.hypergradient()), "another output in evaluation than BatchNorm")
+    bad(lambda: (hopt.step(loss_of(model)), hopt.hypergradient()), "something else in evaluation than BatchNorm")
+
+
+class Checkpointed(nn.Module):
+    """A part whose activations are made again on the way back."""
+
+    def __init__(self, norm, again=True):
+        super().__init__()
+        norm = nn.BatchNorm1d(6) if norm else nn.Identity()
+        self.part, self.out = nn.Sequential(nn.Linear(5, 6), norm, nn.Tanh(), nn.Dropout(0.2)), nn.Linear(6, 3)
+        self.again = again
+
+    def forward(self, x):
+        return self.out(checkpointing.checkpoint(self.part, x, use_reentrant=False) if self.again else self.part(x))
+
+
+def test_what_is_checkpointed_is_made_again_in_the_mode_it_was_made_in():
+    found = []
+    for again in (False, True):
+        torch.manual_seed(3)
+        model = Checkpointed(False, again).to(WIDE)
+        hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8), tune=("lr", "momentum"))
+        for _ in range(4):
+            hopt.step(loss_of(model.train()))
+        found.append(hopt.hypergradient().grad)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-12)
+
+
+def test_a_batchnorm_that_is_checkpointed_is_refused_before_its_statistics_move_again():
+    model = Checkpointed(True).to(WIDE)
+    hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",))
+    bad(lambda: hopt.step(loss_of(model)), "runs again while tangents are made.*checkpoint")
+    assert model.part[1].num_batches_tracked == 1
+
+
+class Sigmoid(nn.BatchNorm1d):
+    """What it normalises is not what it is given."""
+
+    def forward(self, x):
+        return super().forward(torch.sigmoid(x))
+
+
+class Flat(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1)).reshape(x.shape)
+
+
+def twin(a, b):
+    """Two layers with one set of running statistics."""
+    a.to(WIDE)
+    b.running_mean, b.running_var = a.running_mean, a.running_var
+    return nn.Sequential(nn.Linear(5, 6), a, b, nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: nn.Sequential(nn.Linear(5, 6), Sigmoid(6), nn.Linear(6, 3)), "something else in training than BatchNorm"),
+        (
+            lambda: nn.Sequential(nn.Linear(5, 6), nn.Unflatten(1, (2, 3)), Flat(3), nn.Flatten(), nn.Linear(6, 3)),
+            "something else in training than BatchNorm",
+        ),
+        (lambda: twin(nn.BatchNorm1d(6), nn.BatchNorm1d(6)), "share their running statistics"),
+    ],
+    ids=["another input", "another shape", "shared"],
+)
+def test_a_layer_that_is_no_batchnorm_is_refused(make, said):
+    def steps():
+        model = make().to(WIDE)
+        hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",))
+        for _ in range(2):
+            hopt.step(loss_of(model))
+
+    bad(steps, said)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_statistics_that_move_under_no_grad_are_noticed_at_the_next_step(named):
+    model = LAYERS["batchnorm"]().to(WIDE)
+    hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",))
+    hopt.step(loss_of(model.train()))
+    with torch.no_grad():
+        model.eval()(X)
+        model.train()(X)
+    bad(lambda: hopt.step((lambda: loss_of(model)) if named else loss_of(model)), "in training mode under no_grad")
+
+
+@pytest.mark.parametrize("kind", ["input fixed for a while", "statistics off for a while", "by name"])
+def test_batchnorm_in_unusual_use_agrees_with_differences(kind):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).to(WIDE)
+
+    def train(late):
+        model.train()
+        model[1].track_running_stats = not (late and kind.startswith("statistics"))
+        z = torch.cat((X, X[:, :1]), 1) if late and kind.startswith("input") else model[0](X)
+        z = model[1](input=z) if kind == "by name" else model[1](z)
+        return F.cross_entropy(model[2:](z), Y)
+
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8)
+    run = kt.inner(opt, train, lambda _: loss_of(model.eval(), 0.5), ("lr", "momentum"), model=model)
+    check = check_hypergradient(run, [False] * 3 + [True] * 3, None)
+    assert check.ok, str(check)
+    assert check.error.max() < 1e-7
 
 
 class Aside(nn.Module):

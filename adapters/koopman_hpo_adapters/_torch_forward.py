@@ -38,7 +38,10 @@ class Walk:
                 self._nodes.append((node, rule, before))
         self._kept: dict[Any, torch.Tensor] = {}
         self._moments: dict[Any, torch.Tensor] = {}
-        self.width = sum(math.prod(node._input_metadata[0].shape) for node, rule, _ in self._nodes if rule.curved)
+        sizes = [math.prod(node._input_metadata[0].shape) for node, rule, _ in self._nodes if rule.curved]
+        if 0 in sizes:  # of no examples
+            raise Unknown
+        self.width = sum(sizes)
 
     def has(self, nodes: Sequence[Any]) -> bool:
         """Whether the loss depends on all these nodes."""

@@ -212,7 +212,7 @@ def write(out: Sequence[torch.Tensor], values: Sequence[torch.Tensor | None]) ->
 
 
 def _refuse_once(root: Any) -> None:
-    """Raise where the graph holds a `once_differentiable` function, which double backward passes over in silence."""
+    """Raise where the graph holds what double backward passes over in silence, or gets wrong."""
     stack, seen = [root], {root}
     while stack:
         node = stack.pop()
@@ -220,6 +220,17 @@ def _refuse_once(root: Any) -> None:
             if after is not None and after not in seen:
                 seen.add(after)
                 stack.append(after)
+        kind = type(node).__name__
+        if kind == "CheckpointFunctionBackward":
+            raise AdapterError(
+                "HyperOptimizer.step: torch.utils.checkpoint needs use_reentrant=False, to give derivatives."
+            )
+        if kind == "WeightNormInterfaceBackward0":
+            raise NotTwice(
+                "torch's second derivative of weight_norm is wrong; only beside layers that have rules is it made."
+            )
+        if kind == "EmbeddingBackward0" and node._saved_scale_grad_by_freq:
+            raise AdapterError("HyperOptimizer.step: an embedding's scale_grad_by_freq makes no gradient. Set it to False.")
         if isinstance(node, BackwardCFunction):
             function = node._forward_cls  # type: ignore[attr-defined]
             if getattr(function.backward, "__code__", None) is _ONCE:

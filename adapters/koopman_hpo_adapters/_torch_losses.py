@@ -190,11 +190,15 @@ class Losses:
     def _tangents(self, loss: torch.Tensor, seen: Sequence[Seen], along: Columns, out: Columns) -> Grads:
         """The gradient and its tangents, through BatchNorm's running statistics and with theirs."""
         moved, fixed = [c for c in seen if c.zero is None], [c for c in seen if c.zero is not None]
+        still = [c for c in moved if not c.x.requires_grad]
+        self.statistics.due(still, [None] * len(still))
+        moved = [c for c in moved if c.x.requires_grad]
         ahead: Any = None
-        if not fixed and all(c.node is not None for c in moved):
-            ahead = self.graph.ahead(loss, along, out, [c.node for c in moved])
-        if ahead is None:
-            ahead = self._twice(loss, moved, fixed, along, out)
+        with self.statistics.still():
+            if not fixed and all(c.node is not None for c in moved):
+                ahead = self.graph.ahead(loss, along, out, [c.node for c in moved])
+            if ahead is None:
+                ahead = self._twice(loss, moved, fixed, along, out)
         self.statistics.due(moved, ahead[1])
         return ahead[0]
 
@@ -264,8 +268,7 @@ class Losses:
     def outer(self, batch: Any) -> tuple[float, Array, dict[str, Array]]:
         """The outer loss, its gradient (p,), and its direct derivatives; keeps `share`."""
         n = len(self._memory.params)
-        with self.graph.apart(), self.statistics.apart(on=True):
-            loss = self._outer_loss(batch)
+        with self.graph.apart(), self.statistics.apart(on=True), self._outer_loss(batch) as loss:
             seen = self.statistics.take()
             grads = self.graph.gradient(loss, [self.statistics.at(call) for call in seen], double=False)
         into = self._memory.room(0)
@@ -275,27 +278,33 @@ class Losses:
         self.share = self.statistics.pull(seen, grads[n + len(self.hyper) :])
         return float(loss.detach()), into.arrays[0], direct
 
-    def _outer_loss(self, batch: Any) -> torch.Tensor:
+    @contextmanager
+    def _outer_loss(self, batch: Any) -> Iterator[torch.Tensor]:
+        """Within, the model's modules are in the modes of val_loss: what is checkpointed runs again on the way back."""
         self.check_module()
         modules = [] if self._source.module is None else list(self._source.module.modules())
         modes, versions = [m.training for m in modules], [b._version for b in self.buffers().values()]
-        with torch.enable_grad(), nullcontext() if self._looked else strict(self.statistics.layers):
-            loss = scalar(f"{_CALL}: val_loss", self._source.val(batch))
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-        if versions != [b._version for b in self.buffers().values()]:
-            raise AdapterError(f"{_CALL}: val_loss changed the model's buffers. Call model.eval() in it, train() after.")
-        self._looked = True
-        return loss
+        try:
+            with torch.enable_grad(), nullcontext() if self._looked else strict(self.statistics.layers):
+                loss = scalar(f"{_CALL}: val_loss", self._source.val(batch))
+            if versions != [b._version for b in self.buffers().values()]:
+                raise AdapterError(
+                    f"{_CALL}: val_loss changed the model's buffers. Call model.eval() in it, train() after."
+                )
+            self._looked = True
+            yield loss
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
 
     def outer_hvp(self, theta: Array, hyper: Mapping[str, Any], V: Array, batch: Any) -> Array:
         """(n, p) Hessian of the outer loss at theta times each row of V (n, p)."""
         into = self._memory.room(len(V), wide=True)
         try:
-            with self.graph.apart(), self.elsewhere(theta, hyper, True):
+            with self.graph.apart(), self.elsewhere(theta, hyper, True), self._outer_loss(batch) as loss:
                 along = cut(self._memory.device.tensor(V), self._memory.shapes)
                 along = [*along, *(h.new_zeros((len(V), *h.shape)) for h in self.hyper.values())]
-                self.graph.both(self._outer_loss(batch), along, into.dG)
+                self.graph.both(loss, along, into.dG)
             return into.arrays[1]
         except NotTwice:
             put, read = self._memory.device.put, self._memory.device.read

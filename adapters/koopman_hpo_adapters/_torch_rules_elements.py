@@ -187,6 +187,8 @@ def _t(node: Any) -> Any:
 @linear("TransposeBackward0")
 def _transpose(node: Any) -> Any:
     dims = len(shape_of(node))
+    if not dims:
+        raise Unknown
     one, two = signed(node._saved_dim0) % dims, signed(node._saved_dim1) % dims
     turn = lambda d: d.transpose(one + 1, two + 1)
     return turn, turn
@@ -243,7 +245,7 @@ def _index(node: Any) -> Any:
 def _reduced(node: Any, mean: bool) -> Any:
     """Sums or means, over some dimensions or all."""
     shape, after = node._saved_self_sym_sizes, shape_of(node)
-    over = [signed(i) % len(shape) for i in getattr(node, "_saved_dim", ())] or list(range(len(shape)))
+    over = [signed(i) % len(shape) for i in getattr(node, "_saved_dim", ()) if shape] or list(range(len(shape)))
     kept = [1 if i in over else n for i, n in enumerate(shape)]
     scale = 1 / math.prod(shape[i] for i in over) if mean else 1
     ahead = lambda d: (d.sum([i + 1 for i in over]) if over else d).reshape(len(d), *after) * scale

@@ -182,6 +182,8 @@ def _dropout(node: Any) -> Any:
 @curved("SoftmaxBackward0")
 def _softmax(node: Any, moved: Sequence[Tangent]) -> Ways:
     (dx,), y = moved, node._saved_result
+    if not y.dim():
+        raise Unknown
     dim = signed(node._saved_dim) % y.dim() - y.dim()
     centred = lambda d: d - (y * d).sum(dim, keepdim=True)
     dy = y * centred(dx)
@@ -195,6 +197,8 @@ def _softmax(node: Any, moved: Sequence[Tangent]) -> Ways:
 @curved("LogSoftmaxBackward0")
 def _log_softmax(node: Any, moved: Sequence[Tangent]) -> Ways:
     (dx,), y = moved, node._saved_result
+    if not y.dim():
+        raise Unknown
     dim, share = signed(node._saved_dim) % y.dim() - y.dim(), y.exp()
     dy = dx - (share * dx).sum(dim, keepdim=True)
 

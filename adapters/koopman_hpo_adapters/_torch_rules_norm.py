@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ._torch_rule import Tangent, Ways, curved, plus, sum_to
+from ._torch_rule import Tangent, Ways, curved, plus, signed, sum_to
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 _group_norm_backward = torch.ops.aten.native_group_norm_backward.default
@@ -170,5 +170,39 @@ def _normalised(
         if gw is not None:
             gx.add_(project(wide(dw) * g, None))
             gw.add_(to_weight(dh * g, moved[1]))
+
+    return push, back, bend
+
+
+@curved("WeightNormInterfaceBackward0")
+def _weight_norm(node: Any, moved: Sequence[Tangent]) -> Ways:
+    """`w = g u` with `u = v / |v|`, whose second derivative torch gets wrong.  `du = (dv - u <u dv>) / |v|`, <> the sum."""
+    dv, dg = moved
+    v, g = node._saved_v, node._saved_g
+    over = [i for i in range(v.dim()) if i != signed(node._saved_dim) % v.dim()]
+    inside = lambda d: d.sum([i + 1 for i in over], keepdim=True)
+    norm = torch.linalg.vector_norm(v, dim=over, keepdim=True)
+    u = v / norm
+    across = lambda d: (d - u * inside(u * d)) / norm
+    du: Any = None if dv is None else across(dv)
+
+    def push() -> torch.Tensor:
+        dw = plus(None if du is None else g * du, None if dg is None else dg * u)
+        assert dw is not None
+        return dw
+
+    def back(rows: torch.Tensor) -> Sequence[Tangent]:
+        return None if dv is None else g * across(rows), None if dg is None else inside(rows * u)
+
+    def bend(adjoint: torch.Tensor, found: Sequence[Tangent]) -> None:
+        gv, gg = found
+        if gv is None:
+            return
+        one = adjoint[None]
+        turn = du * inside(u * one) + u * inside(du * one)
+        gv.sub_(g * (across(one) * inside(u * dv) + turn) / norm)
+        if gg is not None:
+            gv.add_(dg * across(one))
+            gg.add_(inside(du * one))
 
     return push, back, bend

@@ -50,31 +50,53 @@ class Statistics:
         if any(isinstance(m, _InstanceNorm) and m.track_running_stats for m in modules):
             raise AdapterError("HyperOptimizer: InstanceNorm with running statistics is not supported; leave them out.")
         self.layers: list[Any] = [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        if len({id(m.running_mean) for m in self.layers}) < len(self.layers):
+            raise AdapterError("HyperOptimizer: two BatchNorm layers share their running statistics. Give each its own.")
         self.tangents = [m.running_mean.new_zeros((s, 2, m.num_features)) for m in self.layers]
-        self.on, self._outer = True, False
+        self.on, self._outer, self._still = True, False, False
         self._moved = [False] * len(self.layers)  # whether tangents may have left zero: not read on a card
         self._seen: list[Seen] = []
-        self._checked: set[int] = set()  # layers that are known to do in evaluation what BatchNorm does
+        self._checked: set[tuple[str, int]] = set()  # modes in which layers are known to do what BatchNorm does
+        self._former: tuple[torch.Tensor, ...] = ()  # the running statistics before a call that is to be checked
+        self._stray = False  # whether they were moved under no_grad
         self._due: list[tuple[Seen, torch.Tensor]] = []
         for i, layer in enumerate(self.layers):
-            layer.register_forward_hook(_Hook(self, i))
+            hook = _Hook(self, i)
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
+            layer.register_forward_hook(hook, with_kwargs=True)
 
     # -- what the layers do ------------------------------------------------------------------------------------------
 
+    def before(self, i: int, layer: Any) -> None:
+        """Raise where layer i is about to move its running statistics while derivatives are being made."""
+        if not (layer.training and layer.track_running_stats):
+            return
+        if self._still:
+            raise AdapterError(
+                "HyperOptimizer.step: a BatchNorm layer runs again while tangents are made, under torch.utils.checkpoint, "
+                "and would move its running statistics again. Leave it out of what is checkpointed."
+            )
+        if _foreign(layer) and ("training", i) not in self._checked:
+            self._former = layer.running_mean.clone(), layer.running_var.clone()
+
     def observe(self, i: int, layer: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor | None:
         """Note a call of layer i; returns an output that depends on the running statistics too, or None."""
+        moves = layer.training and layer.track_running_stats
         if not (self.on and torch.is_grad_enabled()):
+            self._stray |= self.on and moves
             return None
-        own = type(out.grad_fn).__name__ in BATCH_NORMS
+        own = type(out.grad_fn).__name__ in BATCH_NORMS and not _foreign(layer)
         if layer.training:
-            if x.requires_grad:
+            if moves and (x.requires_grad or self._moved[i]):
                 rate = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
+                if _foreign(layer) and ("training", i) not in self._checked:
+                    self._check(i, layer, "training", self._moments(x), rate)
                 self._seen.append(Seen(i, float(rate), None, x, out.grad_fn if own else None, x._version))
             return None
         if not self._moved[i]:
             return None
-        if not own and i not in self._checked:
-            self._check(i, layer, x, out)
+        if not own and ("evaluation", i) not in self._checked:
+            self._check(i, layer, "evaluation", x, out)
         if self._outer and own:
             self._seen.append(Seen(i, np.nan, None, x, get_gradient_edge(out), x._version))
             return None
@@ -85,31 +107,60 @@ class Statistics:
         return out - (wide(scale) * (wide(zero[0]) + half)).to(out.dtype)
 
     @torch.no_grad()
-    def _check(self, i: int, layer: Any, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Raise where an evaluating layer, of a class of its own or under another hook, is no BatchNorm."""
+    def _check(self, i: int, layer: Any, mode: str, x: torch.Tensor, out: Any) -> None:
+        """Raise where a layer, of a class of its own or under another hook, is no BatchNorm.
+
+        In evaluation x is its input, out its output; in training x its input's moments (2, C), out the rate of the average.
+        """
         moments = layer.running_mean, layer.running_var
-        wanted = batch_norm(x, *moments, layer.weight, layer.bias, training=False, eps=layer.eps)
-        if out.shape != wanted.shape or not torch.allclose(out.detach(), wanted, rtol=1e-3, atol=1e-3):
+        try:
+            if mode == "evaluation":
+                found, wanted = out, batch_norm(x, *moments, layer.weight, layer.bias, training=False, eps=layer.eps)
+            else:
+                found, wanted = torch.stack(moments), torch.lerp(torch.stack(self._former), x, out)
+            same = found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
+        except (RuntimeError, ValueError):  # of shapes
+            same = False
+        if not same:
             raise AdapterError(
-                f"HyperOptimizer: {type(layer).__name__} gives another output in evaluation than BatchNorm, by its own "
-                f"class or by a hook that was set before. Set hooks after wrapping, or do without running statistics."
+                f"HyperOptimizer: {type(layer).__name__} does something else in {mode} than BatchNorm, by its own class or "
+                f"by a hook that was set before. Set hooks after wrapping, or do without running statistics."
             )
-        self._checked.add(i)
+        self._checked.add((mode, i))
 
     # -- what the step asks ------------------------------------------------------------------------------------------
 
     def take(self) -> list[Seen]:
-        """The calls since the last time."""
+        """The calls since the last time.  Raises AdapterError: one that moved running statistics could not be seen."""
         seen, self._seen = self._seen, []
+        if self._stray:
+            self._stray = False
+            raise AdapterError(
+                "HyperOptimizer.step: a BatchNorm layer ran in training mode under no_grad, which moved its running "
+                "statistics without their tangents. Call model.eval() there, or take a copy of the model."
+            )
         return seen
 
     def term(self, call: Seen) -> tuple[torch.Tensor, torch.Tensor]:
         """u (2, C) of a training call, and <s, u>."""
-        x = call.x.to(self.tangents[call.layer].dtype)
-        over = [0, *range(2, x.dim())]
-        moments = torch.stack((x.mean(over), x.var(over, correction=1)))
+        moments = self._moments(call.x.to(self.tangents[call.layer].dtype))
         zero = torch.zeros_like(moments, requires_grad=True)
         return zero, (moments * zero).sum()
+
+    @staticmethod
+    def _moments(x: torch.Tensor) -> torch.Tensor:
+        """(2, C) mean and variance of a layer's input."""
+        over = [0, *range(2, x.dim())]
+        return torch.stack((x.mean(over), x.var(over, correction=1)))
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Within, no layer may move its running statistics."""
+        self._still = True
+        try:
+            yield
+        finally:
+            self._still = False
 
     @contextmanager
     def apart(self, on: bool) -> Iterator[None]:
@@ -183,6 +234,11 @@ class Statistics:
         self._moved = [bool(t.any()) for t in self.tangents] if moved is None else moved.tolist()
 
 
+def _foreign(layer: Any) -> bool:
+    """Whether its class has a forward of its own."""
+    return type(layer).forward not in (_BatchNorm.forward, torch.nn.SyncBatchNorm.forward)
+
+
 def _of_running(layer: Any, x: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """In evaluation `y = scale (x - mean) + b`: what makes (C,) broadcast, scale (C,), and `-(d scale / d var) / scale`."""
     inverse = torch.rsqrt(layer.running_var + layer.eps)
@@ -191,14 +247,18 @@ def _of_running(layer: Any, x: torch.Tensor) -> tuple[Any, torch.Tensor, torch.T
 
 
 class _Hook:
-    """Tells the statistics of a call; a copy of the model, or one from a file, is nobody's."""
+    """Tells the statistics of a call, before and after it; a copy of the model, or one from a file, is nobody's."""
 
     def __init__(self, statistics: Statistics | None = None, i: int = 0):
         self._statistics, self._i = (lambda: None) if statistics is None else weakref.ref(statistics), i
 
-    def __call__(self, layer: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
+    def __call__(self, layer: Any, args: tuple[Any, ...], named: dict[str, Any], *out: torch.Tensor) -> torch.Tensor | None:
         statistics = self._statistics()
-        return None if statistics is None else statistics.observe(self._i, layer, args[0], out)
+        if statistics is not None and out:
+            return statistics.observe(self._i, layer, args[0] if args else named["input"], out[0])
+        if statistics is not None:
+            statistics.before(self._i, layer)
+        return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, ()

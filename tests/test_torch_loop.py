@@ -486,6 +486,23 @@ def test_statistics_that_move_under_no_grad_are_noticed_at_the_next_step(named):
     bad(lambda: hopt.step((lambda: loss_of(model)) if named else loss_of(model)), "in training mode under no_grad")
 
 
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_a_batchnorm_that_evaluates_after_it_trained_in_a_step_is_refused(accumulated):
+    model = LAYERS["batchnorm"]().to(WIDE)
+    hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",))
+    hopt.step(loss_of(model.train()))
+    trained = loss_of(model.train())
+    loss_of(model.eval())  # of no account
+    hopt.step(trained)
+    first = loss_of(model.eval())  # on statistics of the steps before
+    hopt.step(loss_of(model.train()) + first)
+    one = loss_of(model.train())
+    if accumulated:
+        hopt.accumulate(one)
+    late = loss_of(model.eval())
+    bad(lambda: hopt.step(late if accumulated else one + late), "evaluates in a step after it has trained")
+
+
 @pytest.mark.parametrize("kind", ["input fixed for a while", "statistics off for a while", "by name"])
 def test_batchnorm_in_unusual_use_agrees_with_differences(kind):
     torch.manual_seed(3)

@@ -199,6 +199,7 @@ class Losses:
                 ahead = self.graph.ahead(loss, along, out, [c.node for c in moved])
             if ahead is None:
                 ahead = self._twice(loss, moved, fixed, along, out)
+                self.statistics.refuse(seen, ahead[0][len(self.graph.inputs) :])
         self.statistics.due(moved, ahead[1])
         return ahead[0]
 

@@ -141,6 +141,19 @@ class Statistics:
             )
         return seen
 
+    def refuse(self, seen: Sequence[Seen], grads: Sequence[torch.Tensor | None]) -> None:
+        """Raise where an evaluating call that the loss depends on, as its gradient tells, follows one in training."""
+        trained = {call.layer for call, _ in self._due}
+        used = {id(c) for c, g in zip((c for c in seen if c.zero is not None), grads, strict=True) if g is not None}
+        for call in seen:
+            if call.zero is None:
+                trained.add(call.layer)
+            elif call.layer in trained and id(call) in used:
+                raise AdapterError(
+                    "HyperOptimizer.step: a BatchNorm layer evaluates in a step after it has trained in it, on statistics "
+                    "whose tangents move only when the step is taken. Compute that part of the loss first."
+                )
+
     def term(self, call: Seen) -> tuple[torch.Tensor, torch.Tensor]:
         """u (2, C) of a training call, and <s, u>."""
         moments = self._moments(call.x.to(self.tangents[call.layer].dtype))

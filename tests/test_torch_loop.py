@@ -479,6 +479,8 @@ def test_a_layer_that_is_no_batchnorm_is_refused(make, said):
 def test_statistics_that_move_under_no_grad_are_noticed_at_the_next_step(named):
     model = LAYERS["batchnorm"]().to(WIDE)
     hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",))
+    with torch.no_grad():
+        model.train()(X)  # nothing has tangents yet
     hopt.step(loss_of(model.train()))
     with torch.no_grad():
         model.eval()(X)

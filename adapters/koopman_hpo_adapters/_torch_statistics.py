@@ -58,7 +58,7 @@ class Statistics:
         self._seen: list[Seen] = []
         self._checked: set[tuple[str, int]] = set()  # modes in which layers are known to do what BatchNorm does
         self._former: tuple[torch.Tensor, ...] = ()  # the running statistics before a call that is to be checked
-        self._stray = False  # whether they were moved under no_grad
+        self._live, self._stray = False, False  # whether a step has made tangents; whether layers moved under no_grad since
         self._due: list[tuple[Seen, torch.Tensor]] = []
         for i, layer in enumerate(self.layers):
             hook = _Hook(self, i)
@@ -83,7 +83,7 @@ class Statistics:
         """Note a call of layer i; returns an output that depends on the running statistics too, or None."""
         moves = layer.training and layer.track_running_stats
         if not (self.on and torch.is_grad_enabled()):
-            self._stray |= self.on and moves
+            self._stray |= self.on and moves and self._live
             return None
         own = type(out.grad_fn).__name__ in BATCH_NORMS and not _foreign(layer)
         if layer.training:
@@ -194,7 +194,7 @@ class Statistics:
         for call, moved in self._due:
             self.tangents[call.layer].lerp_(moved, call.rate)
             self._moved[call.layer] = True
-        self._due = []
+        self._due, self._live = [], True
 
     def drop(self) -> None:
         """Forget the calls of a step that was not taken."""
@@ -202,6 +202,7 @@ class Statistics:
 
     def forget(self, rho: float) -> None:
         self._moved = [m and rho > 0 for m in self._moved]
+        self._live = self._live and rho > 0
         for t in self.tangents:
             t.mul_(rho) if rho else t.zero_()
 
@@ -245,6 +246,7 @@ class Statistics:
         for name, t in self.arrays().items():
             t.copy_(tensors[name])
         self._moved = [bool(t.any()) for t in self.tangents] if moved is None else moved.tolist()
+        self._live = True
 
 
 def _foreign(layer: Any) -> bool:

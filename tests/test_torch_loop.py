@@ -587,11 +587,12 @@ def test_a_copy_of_the_model_is_a_model_of_its_own():
     assert not torch.equal(twin[0].weight, model[0].weight)
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", ["", "norm", "own norm"])
 def test_autocast_keeps_the_accuracy_of_its_type(norm):
     def run(dtype):
         torch.manual_seed(1)
-        model = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16) if norm else nn.Tanh(), nn.Linear(16, 3))
+        between = {"": nn.Tanh, "norm": nn.BatchNorm1d, "own norm": Own}[norm]
+        model = nn.Sequential(nn.Linear(5, 16), between(16) if norm else between(), nn.Linear(16, 3))
         opt, x = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8), X.float()
         val = lambda: F.cross_entropy(model.eval()(x + 0.5), Y)
         hopt = wrap(model, opt, tune=("lr", "momentum"), val_loss=val)

@@ -90,7 +90,7 @@ class Statistics:
             if moves and (x.requires_grad or self._moved[i]):
                 rate = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
                 if _foreign(layer) and ("training", i) not in self._checked:
-                    self._check(i, layer, "training", self._moments(x), rate)
+                    self._check(i, layer, "training", self._moments(x.to(layer.running_mean.dtype)), rate)
                 self._seen.append(Seen(i, float(rate), None, x, out.grad_fn if own else None, x._version))
             return None
         if not self._moved[i]:

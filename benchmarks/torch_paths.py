@@ -14,15 +14,11 @@ import time
 from unittest import mock
 
 import torch
+from gpu_adapter import Adapted
 from gpu_models import images, resnet
 from koopman_hpo_adapters import _torch_forward
-from koopman_hpo_adapters.torch import HyperOptimizer
 from torch import nn
 from torch.nn import functional as F
-
-from koopman_hpo import Local
-
-LONG = 10**9  # steps: no window ends
 
 
 def perceptron(width):
@@ -59,16 +55,13 @@ def plain(model, batch):
 
 
 def tuned(model, batch, rules):
-    """A step with tangents by these rules."""
-    opt = torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=1e-3)
-    val_loss = lambda: F.cross_entropy(model.eval()(batch[0]), batch[1])
-    still = {"steps": LONG, "window": LONG, "every": LONG, "strategy": Local(), "guard": None, "model": model}
-    hopt = HyperOptimizer(opt, tune=("lr", "momentum", "weight_decay"), val_loss=val_loss, **still)
+    """A step with tangents by these rules, which returns the path."""
+    run = Adapted(model, batch, "cpu")
 
     def step():
         with mock.patch.object(_torch_forward, "RULES", rules):
-            hopt.step(F.cross_entropy(model.train()(batch[0]), batch[1]))
-        return hopt.path
+            run.step()
+        return run.hopt.path
 
     return step
 

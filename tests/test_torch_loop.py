@@ -505,7 +505,9 @@ def test_a_batchnorm_that_evaluates_after_it_trained_in_a_step_is_refused(accumu
     bad(lambda: hopt.step(late if accumulated else one + late), "evaluates in a step after it has trained")
 
 
-@pytest.mark.parametrize("kind", ["input fixed for a while", "statistics off for a while", "by name"])
+@pytest.mark.parametrize(
+    "kind", ["input fixed for a while", "input fixed in a second call", "statistics off for a while", "by name"]
+)
 def test_batchnorm_in_unusual_use_agrees_with_differences(kind):
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).to(WIDE)
@@ -513,8 +515,11 @@ def test_batchnorm_in_unusual_use_agrees_with_differences(kind):
     def train(late):
         model.train()
         model[1].track_running_stats = not (late and kind.startswith("statistics"))
-        z = torch.cat((X, X[:, :1]), 1) if late and kind.startswith("input") else model[0](X)
+        still = torch.cat((X, X[:, :1]), 1)
+        z = still if late and kind == "input fixed for a while" else model[0](X)
         z = model[1](input=z) if kind == "by name" else model[1](z)
+        if kind == "input fixed in a second call":
+            model[1](still)
         return F.cross_entropy(model[2:](z), Y)
 
     opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8)

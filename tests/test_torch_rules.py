@@ -101,7 +101,7 @@ LOSSES = {
     "group norm, weight fixed": ([(3, 4, 5)], lambda x: bent(F.group_norm(torch.tanh(x), 4, fixed(4), fixed(4)))),
     "softmax": ([(5, 3)], lambda x: bent(torch.softmax(x, 0)) + bent(torch.softmax(x, -1))),
     "embedding": ([(6, 4)], lambda w: bent(F.embedding(LABELS.reshape(5, 1), torch.tanh(w)))),
-    "embedding, padding": ([(6, 4)], lambda w: bent(F.embedding(LABELS, w, padding_idx=2)) + bent(w)),
+    "embedding, padding": ([(6, 4)], lambda w: bent(F.embedding(LABELS, w, padding_idx=2).sum(0)) + bent(w)),
     "dropout of a card": ([(5, 4)], lambda x: bent(torch.native_dropout(torch.tanh(x), 0.5, True)[0])),
     "turned": ([(2, 5, 4)], lambda x: bent(x.transpose(0, -1)) + bent(torch.tanh(x).permute(2, -3, 1))),
     "expanded": ([(4,), (5, 1)], lambda x, y: bent(torch.tanh(x).expand(3, 5, 4)) + bent(y.expand(-1, 4))),

@@ -189,10 +189,8 @@ class Losses:
 
     def _tangents(self, loss: torch.Tensor, seen: Sequence[Seen], along: Columns, out: Columns) -> Grads:
         """The gradient and its tangents, through BatchNorm's running statistics and with theirs."""
-        moved, fixed = [c for c in seen if c.zero is None], [c for c in seen if c.zero is not None]
-        still = [c for c in moved if not c.x.requires_grad]
-        self.statistics.due(still, [None] * len(still))
-        moved = [c for c in moved if c.x.requires_grad]
+        trained, fixed = [c for c in seen if c.zero is None], [c for c in seen if c.zero is not None]
+        moved = [c for c in trained if c.x.requires_grad]
         ahead: Any = None
         with self.statistics.still():
             if not fixed and all(c.node is not None for c in moved):
@@ -200,7 +198,8 @@ class Losses:
             if ahead is None:
                 ahead = self._twice(loss, moved, fixed, along, out)
                 self.statistics.refuse(seen, ahead[0][len(self.graph.inputs) :])
-        self.statistics.due(moved, ahead[1])
+        news = dict(zip(map(id, moved), ahead[1], strict=True))
+        self.statistics.due(trained, [news.get(id(c)) for c in trained])  # in the order of the calls
         return ahead[0]
 
     def _twice(

@@ -209,18 +209,18 @@ def _expand(node: Any) -> Any:
 
 @linear("SelectBackward0")
 def _select(node: Any) -> Any:
-    before, i = shape_of(node, 0), signed(node._saved_index)
-    return _part(before, (..., i, *[slice(None)] * (len(before) - 1 - signed(node._saved_dim) % len(before))))
+    return _part(node, signed(node._saved_index))
 
 
 @linear("SliceBackward0")
 def _slice(node: Any) -> Any:
-    before, part = shape_of(node, 0), slice(signed(node._saved_start), signed(node._saved_end), node._saved_step)
-    return _part(before, (..., part, *[slice(None)] * (len(before) - 1 - signed(node._saved_dim) % len(before))))
+    return _part(node, slice(signed(node._saved_start), signed(node._saved_end), node._saved_step))
 
 
-def _part(before: Sequence[int], place: tuple[Any, ...]) -> Any:
-    """A part of a tensor by basic indexing."""
+def _part(node: Any, here: int | slice) -> Any:
+    """A part of a tensor by basic indexing of one dimension."""
+    before = shape_of(node, 0)
+    place = (..., here, *[slice(None)] * (len(before) - 1 - signed(node._saved_dim) % len(before)))
 
     def back(rows: torch.Tensor) -> torch.Tensor:
         out = rows.new_zeros((len(rows), *before))

@@ -179,12 +179,17 @@ def _dropout(node: Any) -> Any:
 # -- losses ------------------------------------------------------------------------------------------------------------
 
 
+def _dimension(node: Any) -> int:
+    """The one that a softmax is over, counted from the last."""
+    dims = len(shape_of(node))
+    if not dims:  # of a number
+        raise Unknown
+    return signed(node._saved_dim) % dims - dims
+
+
 @curved("SoftmaxBackward0")
 def _softmax(node: Any, moved: Sequence[Tangent]) -> Ways:
-    (dx,), y = moved, node._saved_result
-    if not y.dim():
-        raise Unknown
-    dim = signed(node._saved_dim) % y.dim() - y.dim()
+    (dx,), y, dim = moved, node._saved_result, _dimension(node)
     centred = lambda d: d - (y * d).sum(dim, keepdim=True)
     dy = y * centred(dx)
 
@@ -196,10 +201,8 @@ def _softmax(node: Any, moved: Sequence[Tangent]) -> Ways:
 
 @curved("LogSoftmaxBackward0")
 def _log_softmax(node: Any, moved: Sequence[Tangent]) -> Ways:
-    (dx,), y = moved, node._saved_result
-    if not y.dim():
-        raise Unknown
-    dim, share = signed(node._saved_dim) % y.dim() - y.dim(), y.exp()
+    (dx,), y, dim = moved, node._saved_result, _dimension(node)
+    share = y.exp()
     dy = dx - (share * dx).sum(dim, keepdim=True)
 
     def bend(g: torch.Tensor, found: Sequence[Tangent]) -> None:

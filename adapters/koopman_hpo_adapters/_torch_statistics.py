@@ -89,14 +89,15 @@ class Statistics:
         if layer.training:
             if moves and (x.requires_grad or self._moved[i]):
                 rate = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
-                if _foreign(layer) and ("training", i) not in self._checked:
-                    self._check(i, layer, "training", self._moments(x.to(layer.running_mean.dtype)), rate)
+                if _foreign(layer):
+                    moments = lambda: self._moments(x.to(layer.running_mean.dtype))
+                    self._check(i, layer, "training", lambda: torch.lerp(torch.stack(self._former), moments(), rate))
                 self._seen.append(Seen(i, float(rate), None, x, out.grad_fn if own else None, x._version))
             return None
         if not self._moved[i]:
             return None
-        if not own and ("evaluation", i) not in self._checked:
-            self._check(i, layer, "evaluation", x, out)
+        if not own:
+            self._check(i, layer, "evaluation", lambda: _normalised(layer, x), out)
         if self._outer and own:
             self._seen.append(Seen(i, np.nan, None, x, get_gradient_edge(out), x._version))
             return None
@@ -107,18 +108,15 @@ class Statistics:
         return out - (wide(scale) * (wide(zero[0]) + half)).to(out.dtype)
 
     @torch.no_grad()
-    def _check(self, i: int, layer: Any, mode: str, x: torch.Tensor, out: Any) -> None:
-        """Raise where a layer, of a class of its own or under another hook, is no BatchNorm.
-
-        In evaluation x is its input, out its output; in training x its input's moments (2, C), out the rate of the average.
-        """
-        moments = layer.running_mean, layer.running_var
+    def _check(self, i: int, layer: Any, mode: str, wanted: Any, found: torch.Tensor | None = None) -> None:
+        """Raise where a layer, of a class of its own or under another hook, is no BatchNorm: what it gives, or else its
+        running statistics, is not what BatchNorm would make.  Looks once a layer and mode."""
+        if (mode, i) in self._checked:
+            return
+        found = torch.stack((layer.running_mean, layer.running_var)) if found is None else found
         try:
-            if mode == "evaluation":
-                found, wanted = out, batch_norm(x, *moments, layer.weight, layer.bias, training=False, eps=layer.eps)
-            else:
-                found, wanted = torch.stack(moments), torch.lerp(torch.stack(self._former), x, out)
-            same = found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
+            right = wanted()
+            same = found.shape == right.shape and torch.allclose(found, right, rtol=1e-3, atol=1e-3)
         except (RuntimeError, ValueError):  # of shapes
             same = False
         if not same:
@@ -252,6 +250,12 @@ class Statistics:
 def _foreign(layer: Any) -> bool:
     """Whether its class has a forward of its own."""
     return type(layer).forward not in (_BatchNorm.forward, torch.nn.SyncBatchNorm.forward)
+
+
+def _normalised(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What BatchNorm gives in evaluation."""
+    moments = layer.running_mean, layer.running_var
+    return batch_norm(x, *moments, layer.weight, layer.bias, training=False, eps=layer.eps)
 
 
 def _of_running(layer: Any, x: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:

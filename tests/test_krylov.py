@@ -60,6 +60,12 @@ VARIANTS = {
     "fixed groups": lambda: inner.sgd(quadratic(), Space(lr=log(0.1)), momentum=[0.8, 0.5], weight_decay=[0.0, 3e-2]),
     "loss": lambda: inner.sgd(quadratic(penalty=True), Space(lr=log(0.1), l2=log(0.05), **momentum)),
     "ramp": lambda: inner.sgd(quadratic(), Space(lr=log([0.1, 0.2, 0.05], knots=(0, 50, 250)), **momentum)),
+    "to nothing": lambda: inner.sgd(quadratic(), Space(lr=log(0.1, knots=(0, 150), factors=(1, 0)), **momentum)),
+    "to nothing and back": lambda: inner.sgd(
+        quadratic(), Space(lr=log(0.1, knots=(0, 20, 90), factors=(1, 0, 1)), **momentum)
+    ),
+    "nothing": lambda: inner.sgd(quadratic(), Space(lr=log(0.1, knots=(0, 10), factors=(1, 0)), **momentum)),
+    "one group warms up": lambda: inner.sgd(quadratic(), Space(lr=log([[0.01, 0.9], [0.1, 0.9]], knots=(0, 100)))),
     "steps": lambda: inner.sgd(
         quadratic(),
         Space(lr=log([0.1, 0.05], knots=(0, 90), schedule="constant"), momentum=logit([0.8, 0.5], knots=(0, 100))),
@@ -76,6 +82,32 @@ def test_is_exact_for_a_quadratic_in_full_columns(name, midpoint, begun):
     assert apart(found.estimate, rest(run, T - begun)) < 1e-9
     assert found.accepted
     np.testing.assert_array_equal(found.value, found.estimate)
+
+
+def test_the_undamped_first_step_is_no_edge():
+    """Its momentum is empty: a step ten times as long as the others cannot grow."""
+    run = inner.sgd(quadratic(), Space(lr=log(3.0), weight_decay=log(1e-2)), momentum=0.9, dampening=0.9)
+    found = estimate(run, None, None, SHORT, columns=P)
+    assert apart(found.estimate, rest(run, SHORT)) < 1e-9
+    assert found.edge < 0.5
+
+
+def test_growth_is_clipped_by_the_way_and_not_by_the_slowest_step():
+    """Negative curvature adds about e in a stage, also where lr falls to nothing in it."""
+    steep = Problem(START, lambda th, hy, Z, dh, b: (0.0, -0.5 * th, -0.5 * Z), lambda th, hy, b: (th @ th / 2, th, {}))
+    run = inner.sgd(steep, Space(lr=log(0.2, knots=(0, T), factors=(1, 0))))
+    found = estimate(run, None, None, T, columns=P)
+    grown = lambda value: np.log(value / (START @ START / 2)) / 2 / len(found.stages)
+    assert 1 < grown(found.outer_loss) < 1.5 < grown(after(run, T).hypergradient(None).value)
+
+
+@pytest.mark.parametrize("begun", [0, 20])
+def test_each_group_has_an_edge_of_its_own(begun):
+    """One takes long steps that are damped, the other short ones."""
+    run = after(inner.sgd(quadratic(), Space(lr=log([0.1, 3.0]), **momentum), dampening=[0.0, 0.9]), begun)
+    found = estimate(run, None, None, T - begun, columns=P)
+    assert apart(found.estimate, rest(run, T - begun)) < 1e-9
+    assert found.edge < 0.5
 
 
 @pytest.mark.parametrize("stages", [1, 4])

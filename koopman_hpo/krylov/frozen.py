@@ -281,13 +281,30 @@ def along(f: Callable[[Array], Array], at: Coefficients, batch: int = 0) -> Arra
     return f(c.reshape(*c.shape[:2], *(1,) * batch, c.shape[2])).imag / COMPLEX_STEP
 
 
+def reference(pieces: list[Piece], nesterov: bool) -> Array:
+    """(n,) rate of each group that a stage's coordinates hold: that of the first piece, where the groups' steps keep to one
+    proportion; else such that no group is nearer to its ceiling than another when its steps are longest.  Never zero."""
+    first = pieces[0].at.c[RATE]
+    reach = np.max([_gain(piece.at, nesterov) for piece in pieces], axis=0)
+    if (first > 0).all() and np.ptp(reach / first) <= 1e-12 * (reach / first).max():
+        return first
+    most = first.max() / reach.max() if first.any() and reach.any() else 1.0
+    return np.where(reach > 0, reach, reach.max() or 1.0) * most
+
+
+def _gain(at: Coefficients, nesterov: bool) -> Array:
+    """(n,) twice the inverse of the curvature at which each group's step grows."""
+    mu = at.c[MU]
+    return at.c[RATE] * at.c[KEEP] * (1 + 2 * mu if nesterov else 1.0) / (1 + mu)
+
+
 def speed(at: Coefficients, rate: Array) -> float:
     """Distance, in steps of size one, that a step goes down a constant gradient once momentum has built up."""
-    return float((at.c[RATE] / rate).max() * at.c[KEEP].max() / (1 - at.c[MU].max()))
+    return float((at.c[RATE] / rate * at.c[KEEP] / (1 - at.c[MU])).max())
 
 
 def ceiling(at: Coefficients, rate: Array, nesterov: bool) -> float:
     """Largest eigenvalue of `T + W` at which the frozen step does not grow."""
-    mu = float(at.c[MU].max())
-    gain = float((at.c[RATE] / rate).max() * at.c[KEEP].max())
-    return 2 * (1 + mu) / ((1 + 2 * mu if nesterov else 1.0) * gain)
+    mu, gain = at.c[MU], at.c[RATE] / rate * at.c[KEEP]
+    with np.errstate(divide="ignore"):
+        return float((2 * (1 + mu) / ((1 + 2 * mu if nesterov else 1.0) * gain)).min())

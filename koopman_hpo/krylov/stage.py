@@ -23,6 +23,7 @@ from .model import Model
 
 GROWTH = 1.0  # exponent that negative curvature may add to a stage
 SAFETY = 0.999  # of the curvature at which the step would grow
+STILL = 1e-30  # speed of a step that stands
 
 
 class State(NamedTuple):
@@ -48,8 +49,9 @@ class Stage(NamedTuple):
     scale: Array  # (p,) root of rate times preconditioner
     unit: Array  # (p,) of the momentum's coordinates
     rate: Array  # (n,) reference rate
-    speeds: tuple[float, float]  # least and largest `frozen.speed` of its pieces
-    ceiling: float  # the least of theirs
+    speed: float  # largest `frozen.speed` of its pieces
+    travel: float  # the sum over its steps
+    ceiling: float  # the least of its pieces
     curvature: Callable[[Array], Array]  # V (n, p) -> (n, p) Hessian products at the centre
     basis: Basis
 
@@ -132,8 +134,8 @@ def thinned(stage: Stage, model: Model, way: Path, keep: Array) -> Path:
 
 def _path(stage: Stage, model: Model, whole: Small, momentum: Array, keep: Array | None = None) -> Path:
     """The way of a small system whose columns are all of the basis, or those to keep; momentum: (m,) in the basis."""
-    ceiling, (slow, _) = stage.ceiling, stage.speeds
-    total, spectrum, V = krylov.clipped(whole.T, -GROWTH / stage.steps / slow, SAFETY * ceiling)
+    ceiling = stage.ceiling
+    total, spectrum, V = krylov.clipped(whole.T, -GROWTH / stage.travel, SAFETY * ceiling)
     decay = stage.pieces[0].at.c[frozen.WD] * stage.rate
     apart = model.dynamics.rule.name == "sgd" and len(stage.rate) == 1 and not model.dynamics.loss_names
     if apart:
@@ -220,12 +222,12 @@ def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array
     dynamics = model.dynamics
     parts = model.pieces(start.t, steps)
     D = preconditioner(start, model)
-    rate = parts[0].at.c[frozen.RATE]
+    rate = frozen.reference(_lasting(parts, dynamics.rule, start.t), dynamics.rule.name == "sgd" and dynamics.rule.flag)
     scale = np.sqrt(spread(rate, model) * D)
     unit = D / scale if dynamics.rule.name == "rmsprop" else 1 / scale
     middle = start.t + steps // 2
     curvature, nothing = model.curvature(centre, middle, tolerance > 0), krylov.empty(start.theta.size)
-    limits = _limits(parts, rate, dynamics.rule)
+    limits = _limits(parts, rate, dynamics.rule, start.t)
     stage = Stage(start, steps, parts, gradient, centre, middle, D, scale, unit, rate, *limits, curvature, nothing)
     force = scale * (gradient + spread(parts[0].at.c[frozen.WD], model) * start.theta)
     starts = [force, start.theta / scale] if parts[0].at.c[frozen.DECAY].any() else [force]
@@ -235,22 +237,29 @@ def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array
 def shorter(stage: Stage, model: Model, steps: int) -> Stage:
     """The same stage, ended earlier."""
     parts = model.pieces(stage.start.t, steps)
-    speeds, ceiling = _limits(parts, stage.rate, model.dynamics.rule)
-    return stage._replace(steps=steps, pieces=parts, speeds=speeds, ceiling=ceiling)
+    speed, travel, ceiling = _limits(parts, stage.rate, model.dynamics.rule, stage.start.t)
+    return stage._replace(steps=steps, pieces=parts, speed=speed, travel=travel, ceiling=ceiling)
 
 
-def _limits(parts: list[Piece], rate: Array, rule: Rule) -> tuple[tuple[float, float], float]:
-    """A stage's `speeds` and `ceiling`."""
-    speeds = [frozen.speed(piece.at, rate) for piece in parts]
+def _limits(parts: list[Piece], rate: Array, rule: Rule, t: int) -> tuple[float, float, float]:
+    """A stage's `speed`, `travel` and `ceiling`."""
+    speeds = [max(frozen.speed(piece.at, rate), STILL) for piece in parts]
+    travel = sum(speed * piece.steps for speed, piece in zip(speeds, parts, strict=True))
     nesterov = rule.name == "sgd" and rule.flag
-    return (min(speeds), max(speeds)), min(frozen.ceiling(piece.at, rate, nesterov) for piece in parts)
+    ceilings = [frozen.ceiling(piece.at, rate, nesterov) for piece in _lasting(parts, rule, t)]
+    return max(speeds), travel, min(ceilings)
+
+
+def _lasting(parts: list[Piece], rule: Rule, t: int) -> list[Piece]:
+    """The pieces by which training may grow: sgd's first step, which is not damped, has no momentum to do so."""
+    return parts[1:] if rule.name == "sgd" and t == 0 and len(parts) > 1 and parts[0].steps == 1 else parts
 
 
 def _grown(stage: Stage, model: Model, starts: Array, momentum: Array, columns: int, tolerance: float) -> Basis:
     """The stage's basis and the Krylov space of `starts` (n, p): at most so many columns more, and no more than it takes to
     leave out less than `tolerance` of what the first of them becomes in the stage; then, likewise, of the momentum, where
     the way that it goes by itself is more than that beside the way of the first."""
-    speed = stage.speeds[1]
+    speed = stage.speed
     product, own = operator(stage, model), len(stage.basis.Q)
     basis = krylov.grow(stage.basis, starts, product, columns, stage.steps * speed, tolerance)
     way = np.linalg.norm(krylov.flown(basis.T, basis.Q @ starts[0], stage.steps * speed))

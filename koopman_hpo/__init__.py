@@ -6,7 +6,15 @@ hyperparameters.
 """
 
 from . import checkpoint, inner, koopman, outer
-from .errors import AdapterError, CheckpointError, DivergenceWarning, HyperparameterError, KoopmanHPOError, ShapeError
+from .errors import (
+    AdapterError,
+    CheckpointError,
+    DivergenceWarning,
+    HyperparameterError,
+    KoopmanHPOError,
+    NotFrozenError,
+    ShapeError,
+)
 from .exact import check_hypergradient, hypergradient, trajectory
 from .guard import Guard
 from .history import History
@@ -33,6 +41,7 @@ __all__ = [
     "Inner",
     "KoopmanHPOError",
     "Local",
+    "NotFrozenError",
     "Problem",
     "Result",
     "ShapeError",

@@ -32,6 +32,10 @@ class AdapterError(KoopmanHPOError, ValueError):
     """A model's function does not keep the contract of `Problem`."""
 
 
+class NotFrozenError(AdapterError):
+    """A run whose training steps `krylov` cannot freeze."""
+
+
 class CheckpointError(KoopmanHPOError, ValueError):
     """A file is corrupt, foreign, of another version, or does not fit the run it is loaded into."""
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from . import koopman, krylov
 from .engine import CoreInner
-from .errors import AdapterError, HyperparameterError, choice, number, whole
+from .errors import HyperparameterError, NotFrozenError, choice, number, whole
 from .inner import Inner
 from .koopman import Forecast
 
@@ -173,7 +173,7 @@ class Glocal:
         return replace(forecast, value=np.clip(forecast.value, -limit, limit))
 
     def suits(self, run: Inner) -> None:
-        """Raise AdapterError where "krylov" cannot work with the run."""
+        """Raise NotFrozenError where "krylov" cannot work with the run."""
         if self.estimator == "krylov":
             krylov.check_run("Glocal", run)
 
@@ -184,10 +184,14 @@ class Glocal:
         why = self._too_dear(window) if self.estimator == "auto" else ""
         if not why:
             plan = self._krylov()._asdict()
-            found = krylov.estimate(window.run, self.train_batch, window.val_batch, window.steps, **plan)  # type: ignore
-            if found.accepted:
+            try:
+                found = krylov.estimate(window.run, self.train_batch, window.val_batch, window.steps, **plan)  # type: ignore
+            except NotFrozenError as error:  # what only the loss itself shows
+                found, why = None, f"no krylov ({error})"
+            if found is not None and found.accepted:
                 return found
-            why = f"krylov not accepted ({found.reason.removeprefix('last value: ')})"
+            if found is not None:
+                why = f"krylov not accepted ({found.reason.removeprefix('last value: ')})"
         other = self.estimate(H, ahead)
         return replace(other, reason=f"{why}; {other.reason}")
 
@@ -195,7 +199,7 @@ class Glocal:
         """Why "auto" does not even try krylov, or an empty string."""
         try:
             krylov.check_run("Glocal", window.run)
-        except AdapterError as error:
+        except NotFrozenError as error:
             return f"no krylov ({error})"
         run = window.run
         assert isinstance(run, CoreInner)

@@ -42,7 +42,7 @@ class Minimum(NamedTuple):
 
     phi: Array  # (q,)
     hyper: dict[str, Any]  # natural values
-    value: float  # outer loss at the horizon, predicted
+    value: float  # outer loss at the horizon, predicted; NaN where no look could be used
     h: Array  # (q,) its hypergradient, predicted
     error: Array  # (q,) of h, estimated
     params: NDArray  # (p,) at the horizon, predicted
@@ -124,7 +124,7 @@ class Horizon:
 def _trouble(found: krylov.Forecast) -> str:
     if found.params is None or not (np.isfinite(found.outer_loss) and np.isfinite(found.estimate).all()):
         return "not finite"
-    return f"training grows: {found.edge:.3g} of the curvature that its steps can stand" if found.edge > 1 else ""
+    return f"training grows: {found.edge:.3g} of the curvature that its steps can stand" if found.grows else ""
 
 
 def propose(B: Array, h: Array, low: Array, high: Array) -> tuple[Array, float]:
@@ -192,7 +192,7 @@ def minimise(
       `move` the step of phi (zero if not taken), `reason` holds promised and actual decrease.
 
     Raises:
-      AdapterError: the run has no frozen step.
+      NotFrozenError: the run has no frozen step.
       HyperparameterError: settings that make no sense; `warm` with hyperparameters that a converged run does not depend on.
 
     Source: Conn, Gould and Toint 2000, "Trust-region methods", chapters 6 and 12; Carter 1991, "On the global convergence
@@ -221,6 +221,12 @@ def minimise(
 def _check_space(call: str, run: CoreInner, warm: bool) -> None:
     if run.directions is not None:
         raise HyperparameterError(f"{call}: the run follows random directions. Make it with directions=None.")
+    if krylov.left_out(run.space).any():
+        name = next(n for n in krylov.NEGLECTED if n in run.space.names)
+        raise HyperparameterError(
+            f"{call}: {name!r} acts on the preconditioner alone, which predictions freeze. Hold it fixed, or tune it "
+            f"with a Tuner."
+        )
     passing = _passing(run)
     if warm and (passing or run.space.scheduled):
         what = f"{passing[0]!r} does not matter" if passing else "a schedule is over"
@@ -348,5 +354,5 @@ class _Search:
 
     def found(self, last: Look, reason: str) -> Minimum:
         h, run = self.horizon, self.horizon.run
-        hyper = run.space.natural(last.phi)
-        return Minimum(last.phi, hyper, last.value, last.h, last.error, last.params, h.cost, h.taken, reason, self.history)
+        hyper, value = run.space.natural(last.phi), float("nan") if last.trouble else last.value
+        return Minimum(last.phi, hyper, value, last.h, last.error, last.params, h.cost, h.taken, reason, self.history)

@@ -7,7 +7,7 @@ import pytest
 import toys
 from koopman_hpo_adapters.numpy import mlp, softmax_regression
 
-from koopman_hpo import AdapterError, HyperparameterError, Problem, ShapeError, Space, inner, log, logit
+from koopman_hpo import AdapterError, HyperparameterError, NotFrozenError, Problem, ShapeError, Space, inner, log, logit
 from koopman_hpo.krylov import Forecast, estimate, roll
 from koopman_hpo.krylov.frozen import Coefficients, Small, along, sensitivity, step
 from koopman_hpo.krylov.noise import covariance
@@ -421,13 +421,65 @@ def test_a_closed_gate_gives_the_last_value_and_says_so():
     assert not np.array_equal(found.estimate, found.value)
 
 
-def test_a_diverged_run_is_not_believed():
+@pytest.mark.parametrize("steps", [0, 100])
+def test_a_diverged_run_is_not_believed(steps):
     run = inner.sgd(quadratic(), Space(lr=log(30.0)))
     with np.errstate(all="ignore"):
         after(run, 600)
-    found = estimate(run, None, None, 100)
+    found = estimate(run, None, None, steps)
     assert not found.accepted
     assert "finite" in found.reason
+
+
+def test_training_that_will_grow_is_not_believed():
+    """The one mode that grows is still too small to be seen in anything else."""
+    slope, start = np.array([0.3, 0.5, 1.02]), np.array([2.0, -1.0, 1.0 + 1e-9])
+    model = toys.quadratic(np.diag(slope), slope, start, target=np.zeros(3))
+    run = inner.sgd(model, Space(lr=log(2.0)))
+    found = estimate(run, None, None, 800)
+    assert found.edge == pytest.approx(1.02)
+    assert found.deviation < 0.5
+    assert not found.accepted
+    assert "training grows" in found.reason
+    assert after(run, 800).hypergradient(None).value > 1e6
+
+
+def test_adam_begins_with_the_first_gradients_preconditioner():
+    """Of moments that are still nothing it is the inverse of eps, and training would be gone in a step."""
+    for seed in range(3):
+        run, train, val = network("adam", seed, lr=log(3e-3), beta1=logit(0.9), weight_decay=log(1e-3))
+        found, want = estimate(run, train, val, 100), rest(run, 100, train, val)
+        assert np.linalg.norm(found.estimate - want) < 0.2 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_rmsprop_begins_with_what_half_a_stage_leaves(centered):
+    """Of a loss whose slope is the same everywhere it knows the way: a stage's mean is that of its middle, nearly."""
+    flat = Problem(
+        np.ones(2), lambda th, hy, Z, dh, b: (th.sum(), np.ones(2), 0 * Z), lambda th, hy, b: (th.sum(), np.ones(2), {})
+    )
+    run = inner.rmsprop(flat, Space(lr=log(1e-3)), alpha=0.9, centered=centered)
+    found = estimate(run, None, None, 10, stages=1)
+    assert found.estimate == pytest.approx(rest(run, 10), rel=0.2 if not centered else 0.6)
+
+
+@pytest.mark.parametrize("more", [{}, {"lr": log(2e-3)}])
+def test_what_acts_on_the_preconditioner_alone_keeps_its_current_value(more):
+    run, train, val = network("adam", beta2=logit(0.99), **more)
+    after(run, 30, train)
+    now, found = run.hypergradient(val).grad, estimate(run, train, val, 200)
+    beta2 = run.space.where("beta2")
+    np.testing.assert_array_equal(found.value[beta2], now[beta2])
+    if not more:
+        assert not found.accepted
+        return
+    assert found.accepted
+    assert "beta2 as now" in found.reason
+    np.testing.assert_array_equal(found.error[beta2], np.abs(now[beta2]))
+    plain, train, val = network("adam", **more)
+    alone = estimate(after(inner.adam(plain.problem, plain.space, beta2=0.99), 30, train), train, val, 200)
+    np.testing.assert_allclose(found.value[run.space.where("lr")], alone.value, rtol=1e-9)
+    assert found.deviation == pytest.approx(alone.deviation)
 
 
 @pytest.mark.parametrize(
@@ -457,6 +509,11 @@ def test_refuses_a_run_that_cannot_be_frozen():
         estimate(inner.adagrad(quadratic(), Space(lr=log(0.1))), None, None, 10)
     with pytest.raises(AdapterError, match=r"optimizer is known: .* jax\.problem"):
         estimate(object(), None, None, 10)
+    ramp = Space(lr=log(0.1), l2=log([0.05, 0.06], knots=(0, 100)))
+    with pytest.raises(NotFrozenError, match="'l2' changes the loss with the step"):
+        estimate(inner.sgd(quadratic(penalty=True), ramp), None, None, 10)
+    with pytest.raises(HyperparameterError, match="its space is empty"):
+        estimate(inner.sgd(quadratic(), Space(), lr=0.1), None, None, 10)
 
 
 def test_the_cost_does_not_grow_with_the_number_of_hyperparameters():

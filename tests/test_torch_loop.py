@@ -1300,6 +1300,25 @@ def test_glocal_rolls_a_torch_run_and_resumes_it(tmp_path):
         np.testing.assert_array_equal(column, resumed.arrays()[name])
 
 
+@pytest.mark.parametrize("estimator", ["krylov", "auto"])
+def test_a_loss_that_draws_random_numbers_is_not_frozen(estimator):
+    """With one mask for all steps it would be another loss; the run goes on, and so do the generator's numbers."""
+    histories = []
+    for name in (estimator, "trajectory"):
+        torch.manual_seed(0)
+        model = LAYERS["dropout"]().to(WIDE)
+        strategy = Glocal(estimator=name, train_batch=lambda model=model: loss_of(model), settings={"gate": 1e9})
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+        hopt = wrap(model, opt, tune=("lr", "momentum"), steps=12, window=6, outer=None, strategy=strategy)
+        for _ in range(12):
+            hopt.step(loss_of(model))
+        histories.append(hopt.tuner.history)
+    rolled, plain = histories
+    assert all("random numbers" in reason for reason in rolled.reason)
+    np.testing.assert_array_equal(rolled.estimate, plain.estimate)
+    np.testing.assert_array_equal(rolled.loss, plain.loss)
+
+
 def test_a_clipped_step_is_not_frozen():
     with pytest.raises(AdapterError, match="clip_norm cannot be frozen"):
         rolled("krylov", clip_norm=1.0)

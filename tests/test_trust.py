@@ -101,6 +101,25 @@ def test_a_learning_rate_is_tuned_for_runs_from_the_start():
     assert exact(space.phi0)[0] > 1.02 * want.fun
 
 
+@pytest.mark.parametrize(("name", "off"), [("adam", 0.01), ("adamw", 0.06)])
+def test_adaptive_rules_are_tuned_from_their_start(name, off):
+    """Not to the last digit: what the preconditioner does within a stage is left out."""
+    space = Space(lr=log(0.01, bounds=(1e-4, 1.0)), weight_decay=log(0.1, bounds=(LOW, HIGH)))
+    run = getattr(inner, name)(ridge(), space)
+
+    def trained(phi):
+        run.restore(start)
+        for _ in range(100):
+            run.step(phi, TRAIN)
+        return run.hypergradient(VAL)
+
+    start, found = run.snapshot(), tuned(run, steps=100, warm=False, tol=1e-3)
+    true = trained(found.phi)
+    assert abs(found.value / true.value - 1) < off
+    assert true.value < 0.85 * trained(run.space.phi0).value
+    assert np.abs(true.grad).max() < 0.08 * true.value
+
+
 def test_a_window_of_all_steps_is_exact():
     run = inner.sgd(ridge(), Space(lr=log(0.01), weight_decay=log(0.1)), momentum=0.5)
     found = minimise(run, TRAIN, VAL, steps=30, window=30, looks=1)
@@ -253,6 +272,7 @@ def test_what_is_not_finite_is_refused(bad):
     assert np.isfinite(found.value)
     stuck = tuned(inner.sgd(problem, Space(l2=log(0.07)), lr=LR, momentum=0.9))
     assert stuck.reason == "stopped: not finite at the start"
+    assert np.isnan(stuck.value)
     assert len(stuck.history) == 1
 
 
@@ -305,7 +325,9 @@ def test_refuses_runs_it_cannot_predict():
     momentum = inner.sgd(ridge(), Space(lr=log(0.1), momentum=logit(0.9)))
     with pytest.raises(HyperparameterError, match="'lr' does not matter"):
         tuned(momentum)
-    schedule = inner.sgd(ridge(), Space(l2=log([0.1, 0.2], knots=(0, 5))), lr=LR)
+    with pytest.raises(HyperparameterError, match="'beta2' acts on the preconditioner alone"):
+        tuned(inner.adam(ridge(), Space(beta2=logit(0.99))))
+    schedule = inner.sgd(ridge(), Space(weight_decay=log([0.1, 0.2], knots=(0, 5))), lr=LR)
     with pytest.raises(HyperparameterError, match="a schedule is over"):
         tuned(schedule)
 

@@ -80,7 +80,11 @@ class TorchInner(CoreInner):
 
     @property
     def beside(self) -> str:
-        return "clip_norm" if self._clip is not None else "BatchNorm" if self.losses.statistics.layers else super().beside
+        if self._clip is not None:
+            return "clip_norm"
+        if self.losses.statistics.layers:
+            return "BatchNorm"
+        return "random numbers in its loss (dropout?)" if self.losses.drew else super().beside
 
     # -- running -------------------------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class Losses:
         self._rooms = {q: memory.room(q) for q in (0, s)}
         self._written: dict[str, tuple[bytes, int]] = {}
         self._Z = cut(memory.Z, memory.shapes)
-        self._math = self._differ = self._probing = self._looked = False
+        self._math = self._differ = self._probing = self._looked = self.drew = False
 
     # -- the world -----------------------------------------------------------------------------------------------------
 
@@ -139,6 +139,7 @@ class Losses:
         finally:
             self._probing = False
             now.copy_(kept)
+            self.drew = self.drew or not all(map(torch.equal, self.random(), world.random))
             self.back_to(world)
 
     # -- training loss -------------------------------------------------------------------------------------------------

@@ -7,6 +7,6 @@ through a few such stages, linearised anew in each, and takes the outer gradient
 
 from __future__ import annotations
 
-from .forecast import NEGLECTED, Forecast, Settings, check_run, estimate, exactly
+from .forecast import NEGLECTED, Forecast, Settings, check_run, estimate, exactly, left_out
 
-__all__ = ["NEGLECTED", "Forecast", "Settings", "check_run", "estimate", "exactly"]
+__all__ = ["NEGLECTED", "Forecast", "Settings", "check_run", "estimate", "exactly", "left_out"]

@@ -10,8 +10,9 @@ import numpy as np
 
 from .. import koopman
 from ..engine import CoreInner
-from ..errors import AdapterError, ShapeError, choice, flag, number, whole
+from ..errors import HyperparameterError, NotFrozenError, ShapeError, choice, flag, number, whole
 from ..problem import Array
+from ..space import Space
 from . import drift, frozen, noise, reverse, roll
 from .model import Model
 
@@ -78,9 +79,10 @@ class Forecast(koopman.Forecast):
     noise_share: float = 0.0  # |what noise adds| / (|what noise adds| + |the rest|)
     bends: tuple[float, ...] = ()  # of each stage, what it freezes and really changes, as a share of its gradient
     outer_loss: float = float("nan")  # at the horizon, accepted or not; without the noise term
-    missed: float = 0.0  # of it, what the frozen gradients' mismatches add to the loss at `params`: its size is its doubt
+    missed: float = 0.0  # what the frozen gradients' mismatches add to the loss at `params`, in it if smaller: its doubt
     params: Array | None = None  # (p,) at the horizon, float64; None where nothing was rolled
-    edge: float = 0.0  # largest curvature met, as a share of that at which training grows; above 1 it diverges
+    edge: float = 0.0  # largest curvature met, as a share of that at which frozen steps grow
+    grows: bool = False  # whether training diverges: sgd's does beyond the edge, adaptive steps give way
 
 
 _DEFAULTS = Settings()
@@ -132,11 +134,12 @@ def estimate(
     Returns:
       `Forecast`.  Its error is what fewer columns would change, the frozen gradients' defects at the stages' ends, and
       the noise term's spread, in quadrature: an estimate, not a bound.  beta2 (adam) and alpha (rmsprop) act on the
-      preconditioner alone, which is frozen: what they do after now is left out.  The noise term leaves out the
-      hyperparameters of the loss.
+      preconditioner alone, which is frozen: their coordinates keep the current hypergradient, and its size as their error.
+      The noise term leaves out the hyperparameters of the loss.  Not accepted where training `grows`.
 
     Raises:
-      AdapterError: the inner run has no frozen step (jax's own train_step, adagrad, lion).
+      NotFrozenError: the inner run has no frozen step (jax's own train_step, adagrad, lion), or a loss that is another one
+        at every step: random numbers, a schedule of its hyperparameters.
       HyperparameterError, ShapeError: settings that make no sense; too few batches for the noise term.
     """
     call = "krylov.estimate"
@@ -145,19 +148,21 @@ def estimate(
     given = Settings(columns, stages, midpoint, noise, batches, hvp_batch, samples, depth, tolerance, gate, seed)
     plan = given.checked(call)
     value, now, *_ = inner.hypergradient(val_batch)
+    if not np.isfinite(now).all():
+        return _current(now, False, "last value: it is not finite, nor is the run")
     if steps == 0:
         here = inner.params.astype(np.float64)
         return replace(_current(now, True, "0 steps ahead: the current hypergradient"), outer_loss=value, params=here)
-    if not np.isfinite(now).all():
-        return _current(now, False, "last value: it is not finite, nor is the run")
     p = inner.params.size
     plan = plan._replace(columns=min(plan.columns, p), tolerance=0.0 if plan.columns >= p else plan.tolerance)
     model = Model(inner.dynamics(), inner.space, train_batch, train_batch if hvp_batch is None else hvp_batch, val_batch)
     with np.errstate(all="ignore"):
         try:
-            return _rolled(model, plan, steps, now)
+            found = _rolled(model, plan, steps, now)
         except np.linalg.LinAlgError as problem:
-            return _current(now, False, f"last value: the frozen run cannot be rolled ({problem})")
+            found = _current(now, False, f"last value: the frozen run cannot be rolled ({problem})")
+    check_run(call, inner)  # random numbers in the loss show when it is computed
+    return found
 
 
 def exactly(inner: CoreInner, train_batch: Any, val_batch: Any, steps: int) -> Forecast | None:
@@ -184,17 +189,26 @@ def check_run(call: str, inner: Any) -> None:
     """Refuse a run whose step cannot be frozen.
 
     Raises:
-      AdapterError: saying why.
+      NotFrozenError: saying why.
     """
     if not isinstance(inner, CoreInner):
-        raise AdapterError(
+        raise NotFrozenError(
             f"{call}: needs a run of the core whose optimizer is known: koopman_hpo.inner.sgd, adam, adamw or rmsprop on a "
             f"Problem, or torch's. Of {type(inner).__name__}, a train step of one's own, the rule cannot be read. Write "
             f"the model as jax.problem(...), or use koopman.extrapolate(H, ahead)."
         )
     frozen.check(call, inner.rule)
+    space = inner.space
+    if space.q == 0:
+        raise HyperparameterError(f"{call}: the run tunes nothing: its space is empty. Give it a hyperparameter.")
+    moving = [n for n in space.names if n not in inner.rule.defaults and space[n].knots is not None]
+    if moving:
+        raise NotFrozenError(
+            f"{call}: {moving[0]!r} changes the loss with the step, and one loss is frozen a stage. Hold it constant, or "
+            f"extrapolate the trajectory: koopman.extrapolate(H, ahead)."
+        )
     if inner.beside:
-        raise AdapterError(
+        raise NotFrozenError(
             f"{call}: a step with {inner.beside} cannot be frozen. Make the run without, or extrapolate the trajectory: "
             f"koopman.extrapolate(H, ahead)."
         )
@@ -207,22 +221,11 @@ def _rolled(model: Model, plan: Settings, steps: int, now: Array) -> Forecast:
     rolled = roll.forward(model, steps, plan.stages, plan.columns, plan.tolerance, plan.midpoint, variance)
     h, fewer, missed, paths, pulls = roll.backward(model, rolled, plan.columns, plan.tolerance)
     extra, doubt = _noise(model, plan, steps, rolled, pulls)
-    value = h + extra
-    size = _rms(value) or 1.0
-    error = np.sqrt((h - fewer) ** 2 + (sum(rolled.defects) * size) ** 2 + doubt**2)
-    move, deviation = _rms(value - now) / size, _rms(error) / size
-    finite = bool(np.isfinite(value).all() and np.isfinite(error).all())
-    accepted = finite and deviation < plan.gate
-    numbers = f"estimated error {deviation:.3g} of the estimate, gate {plan.gate:g}"
-    return Forecast(
-        value=value if accepted else now.copy(),
-        error=error if finite else np.full_like(now, np.inf),
-        accepted=accepted,
-        reason=f"krylov, {numbers}" if accepted else f"last value: {numbers if finite else 'krylov is not finite'}",
-        method="krylov",
-        move=move,
-        deviation=deviation,
-        estimate=value,
+    edge = max(path.edge for path in paths)
+    grows = edge > 1 and model.dynamics.rule.name == "sgd"
+    judged = _judged(model.space, plan.gate, now, h + extra, h - fewer, doubt, sum(rolled.defects), edge if grows else 0.0)
+    return replace(
+        judged,
         spectrum=tuple(path.spectrum for path in paths),
         stages=tuple(stage.steps for stage, _ in rolled.stages),
         basis=tuple(len(path.U) for path in paths),
@@ -232,11 +235,51 @@ def _rolled(model: Model, plan: Settings, steps: int, now: Array) -> Forecast:
         outers=model.outers,
         noise_share=_rms(extra) / max(_rms(extra) + _rms(h), 1e-300),
         bends=tuple(rolled.bends),
-        outer_loss=model.outer_loss + missed,
+        outer_loss=model.outer_loss + (missed if abs(missed) <= abs(model.outer_loss) else 0.0),
         missed=missed,
         params=rolled.end.theta,
-        edge=max(path.edge for path in paths),
+        edge=edge,
+        grows=grows,
     )
+
+
+def _judged(
+    space: Space, gate: float, now: Array, value: Array, fewer: Array, doubt: Array, defects: float, growth: float
+) -> Forecast:
+    """The estimate `value` (q,), its error, and whether it is accepted.  fewer: what fewer columns change; doubt: the error
+    of the noise term; defects: of the stages, shares of the value; growth: the edge beyond which training grows, or 0."""
+    known = ~left_out(space)
+    error = np.sqrt(fewer**2 + (defects * _rms(value[known])) ** 2 + doubt**2)
+    size, deviation = _rms(value[known]), _rms(error[known])
+    deviation = deviation / size if size else 0.0 if known.any() and not deviation else np.inf
+    value, error = np.where(known, value, now), np.where(known, error, np.abs(now))
+    finite = bool(np.isfinite(value).all() and np.isfinite(error).all())
+    accepted = finite and deviation < gate and not growth
+    kept = "" if known.all() else f"; {' and '.join(n for n in NEGLECTED if n in space.names)} as now"
+    reason = f"estimated error {deviation:.3g} of the estimate, gate {gate:g}{kept}"
+    if not finite:
+        reason = "krylov is not finite"
+    elif growth:
+        reason = f"training grows: {growth:.3g} of the curvature that its steps can stand"
+    return Forecast(
+        value=value if accepted else now.copy(),
+        error=error if finite else np.full_like(now, np.inf),
+        accepted=accepted,
+        reason=f"krylov, {reason}" if accepted else f"last value: {reason}",
+        method="krylov",
+        move=_rms(value - now) / (_rms(value) or 1.0),
+        deviation=deviation,
+        estimate=value,
+    )
+
+
+def left_out(space: Space) -> Array:
+    """(q,) which coordinates act on a preconditioner alone."""
+    out = np.zeros(space.q, np.bool_)
+    for name in NEGLECTED:
+        if name in space.names:
+            out[space.where(name)] = True
+    return out
 
 
 def _noise(model: Model, plan: Settings, steps: int, rolled: roll.Rolled, pulls: list[Array]) -> tuple[Array, Array]:
@@ -257,7 +300,7 @@ def _current(now: Array, accepted: bool, reason: str) -> Forecast:
 
 
 def _rms(x: Array) -> float:
-    return float(np.sqrt(np.mean(np.square(x))))
+    return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
 
 
 def _check_batches(call: str, noise_kind: str | None, batches: Sequence[Any] | None) -> None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..engine import Dynamics
-from ..errors import AdapterError
+from ..errors import NotFrozenError
 from ..optimizers import Dual, Rule
 from ..problem import Array
 from ..space import Point, Space
@@ -84,7 +84,7 @@ _CANONICAL: Mapping[str, Callable[..., tuple[Dual, ...]]] = {
 
 def check(call: str, rule: Rule) -> None:
     if rule.name not in _CANONICAL:
-        raise AdapterError(
+        raise NotFrozenError(
             f"{call}: {rule.name} has no frozen step; {sorted(_CANONICAL)} do. Extrapolate the trajectory instead: "
             f"koopman.extrapolate(H, ahead)."
         )

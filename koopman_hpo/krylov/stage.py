@@ -221,7 +221,7 @@ def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array
     """A stage from a state: its preconditioner, and the Krylov space of the gradient, as far as the tolerance asks."""
     dynamics = model.dynamics
     parts = model.pieces(start.t, steps)
-    D = preconditioner(start, model)
+    D = preconditioner(start if start.t else _warmed(start, steps, model, gradient), model)
     rate = frozen.reference(_lasting(parts, dynamics.rule, start.t), dynamics.rule.name == "sgd" and dynamics.rule.flag)
     scale = np.sqrt(spread(rate, model) * D)
     unit = D / scale if dynamics.rule.name == "rmsprop" else 1 / scale
@@ -321,6 +321,19 @@ def end(stage: Stage, way: Path) -> State:
     x, w = _in_basis(way, way.end) @ stage.basis.Q
     theta, momentum = stage.start.theta + stage.scale * x, stage.unit * w
     return stage.start._replace(theta=theta, momentum=momentum, t=stage.start.t + stage.steps)
+
+
+def _warmed(start: State, steps: int, model: Model, gradient: Array) -> State:
+    """A run's start with the averages that half of the stage would leave, were the gradient (p,) to stay: of none, the
+    preconditioner is the inverse of eps."""
+    if start.square is None or start.square.any():
+        return start
+    rule, values = model.dynamics.rule, frozen.duals(model.dynamics, model.point(start.t))
+    d = gradient if rule.name == "adamw" else gradient + spread(values["weight_decay"].x, model) * start.theta
+    if rule.name != "rmsprop":
+        return start._replace(square=(1 - spread(values["beta2"].x, model)) * d**2)  # as corrected, the same all the while
+    kept = 1 - spread(values["alpha"].x, model) ** max(1, steps // 2)
+    return start._replace(square=kept * d**2, mean=None if start.mean is None else kept * d)
 
 
 def preconditioner(start: State, model: Model) -> Array:

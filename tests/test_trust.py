@@ -104,7 +104,7 @@ def test_a_learning_rate_is_tuned_for_runs_from_the_start():
 @pytest.mark.parametrize(("name", "off"), [("adam", 0.01), ("adamw", 0.06)])
 def test_adaptive_rules_are_tuned_from_their_start(name, off):
     """Not to the last digit: what the preconditioner does within a stage is left out."""
-    space = Space(lr=log(0.01, bounds=(1e-4, 1.0)), weight_decay=log(0.1, bounds=(LOW, HIGH)))
+    space = Space(lr=log(1e-3, bounds=(1e-4, 1.0)), weight_decay=log(0.1, bounds=(LOW, HIGH)))
     run = getattr(inner, name)(ridge(), space)
 
     def trained(phi):

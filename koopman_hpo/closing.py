@@ -125,7 +125,7 @@ def _estimate(tuner: Tuner, s: State, H: Array, val_batch: Any) -> Forecast:
     if look is None:
         forecast = tuner.strategy.estimate(H, ahead)
     else:
-        forecast = look(H, ahead, strategies.Window(tuner.inner, val_batch, steps, length))
+        forecast = look(H, ahead, strategies.Window(tuner.inner, val_batch, steps, length, s.strayed))
     if not (isinstance(forecast, Forecast) and np.shape(forecast.value) == np.shape(forecast.error) == (q,)):
         raise HyperparameterError(
             f"Tuner: {type(tuner.strategy).__name__}.estimate must return a Forecast with value and error (q,) = ({q},), "

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 _BUFFERS = "best/buffers/"
 _WINDOW = ("number", "length", "done", "first", "loss", "owed")
-_SCALARS = ("t", "cut", "used", "reason", "value0", "value", "rollbacks", "norms", "trained", "attempts")
+_SCALARS = ("t", "cut", "used", "reason", "value0", "value", "rollbacks", "norms", "trained", "attempts", "strayed")
 
 
 def pack(tuner: Tuner) -> dict[str, Any]:

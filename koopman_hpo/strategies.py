@@ -27,8 +27,9 @@ class Strategy(Protocol):
       snapshots: hypergradients wanted a window.
       cut: share of the horizon that the first run in mode `restart` goes.
 
-    A strategy may also have `suits(run)`, which raises where it cannot work with a run, and `look(H, ahead, window)`,
-    which is then called in place of `estimate`, with the run itself: a `Window`.
+    A strategy may also have `suits(run)`, which raises where it cannot work with a run; `look(H, ahead, window)`, which is
+    then called in place of `estimate`, with the run itself: a `Window`; and `names(batch)`, whether it knows of a step's
+    batch.
     """
 
     @property
@@ -47,6 +48,7 @@ class Window(NamedTuple):
     val_batch: Any  # of the outer loss
     steps: int  # inner steps to the horizon
     length: int  # inner steps of the window
+    strayed: bool = False  # whether steps so far were on batches that the strategy does not name
 
 
 def _check(strategy: Strategy) -> None:
@@ -120,11 +122,12 @@ class Glocal:
         would inflate an outer Adam's second moment for many windows.  A krylov estimate is taken as it is.
       snapshots: hypergradients wanted a window.
       estimator: "trajectory"; "krylov": `krylov.estimate` where it passes its gate, else the trajectory's; "auto": krylov
-        where the inner problem is deterministic (no `noise`, no `batches`), where hyperparameters of the loss are tuned,
-        and where it costs less than `share` of the window, about; else, for a run that cannot be frozen, and where beta2
-        or alpha is tuned, the trajectory's.  The reason is recorded.
+        where the inner problem is deterministic (every step on `train_batch` itself, or `batches` of one), where
+        hyperparameters of the loss are tuned, and where `batches` are given and it costs less than `share` of the window,
+        about; else, for a run that cannot be frozen, and where beta2 or alpha is tuned, the trajectory's.  The reason is
+        recorded.
       train_batch: of krylov, what the mean gradient is taken on.  batches, noise: of krylov, how training differs from
-        steps on `train_batch`, as for `krylov.estimate`.
+        steps on `train_batch`, as for `krylov.estimate`; batches=[train_batch] says that it does not.
       settings: further keywords of `krylov.estimate`.
       share: of the cost of the window's gradients and tangents.
 
@@ -177,6 +180,12 @@ class Glocal:
         if self.estimator == "krylov":
             krylov.check_run("Glocal", run)
 
+    def names(self, batch: Any) -> bool:
+        """Whether a step's batch is `train_batch`: the same object, or of the same arrays."""
+        given = self.train_batch
+        alike = isinstance(batch, tuple | list) and type(batch) is type(given) and len(batch) == len(given)
+        return batch is given or (alike and all(a is b for a, b in zip(batch, given, strict=True)))
+
     def look(self, H: Array, ahead: int, window: Window) -> Forecast:
         """The estimate by the chosen estimator; H (m, q) and ahead as for `estimate`."""
         if self.estimator == "trajectory":
@@ -207,8 +216,10 @@ class Glocal:
         if neglected:
             return f"no krylov ({', '.join(neglected)} is tuned, which it leaves out)"
         loss = any(name not in run.rule.defaults for name in run.space.names)
-        if loss or (self.noise is None and self.batches is None):
+        if loss or (self.noise is None and self.batches is not None and len(self.batches) == 1):
             return ""
+        if self.noise is None and self.batches is None:
+            return "no krylov (steps are not all on train_batch: tell it batches=[...])" if window.strayed else ""
         plan = self._krylov()
         ratio = _size(self.train_batch) / max(_size(self.batches[0]), 1) if self.batches else 1.0
         cost = plan.stages * PRODUCTS * ratio / (window.length * (1 + run.space.q))

@@ -194,7 +194,8 @@ class Tuner:
             s = self.state = s._replace(value0=self._start_value(val_batch))
         if s.window.owed is None:
             loss = self.inner.step(s.phi, batch)
-            s = self.state = s._replace(t=s.t + 1, window=s.window._replace(owed=loss))
+            strayed = s.strayed or not getattr(self.strategy, "names", lambda batch: True)(batch)
+            s = self.state = s._replace(t=s.t + 1, window=s.window._replace(owed=loss), strayed=strayed)
         return self._settle(s, val_batch)
 
     def fit(self, batches: Any, val_batches: Any) -> Result:

@@ -94,6 +94,22 @@ def test_auto_is_for_deterministic_problems_or_a_cheap_estimate(change, method):
         np.testing.assert_array_equal(history.estimate, tuned(Glocal()).estimate)
 
 
+@pytest.mark.parametrize("one", [TRAIN, (TRAIN[0], TRAIN[1]), tuple(a.copy() for a in TRAIN)])
+def test_auto_takes_training_for_deterministic_only_where_it_is_or_is_said_to_be(one):
+    """A copy of the batch is another one, until `batches` says that there is no other."""
+    known = one[0] is TRAIN[0]
+    history = tuned(Glocal(estimator="auto", train_batch=TRAIN, settings=OPEN), batches=[one])
+    assert (history.method[0] == "krylov") == known
+    said = tuned(Glocal(estimator="auto", train_batch=TRAIN, batches=[TRAIN], settings=OPEN), batches=[one])
+    assert said.method[0] == "krylov"
+
+
+def test_auto_leaves_batches_that_it_is_not_told_of_to_the_trajectory():
+    history = tuned(Glocal(estimator="auto", train_batch=TRAIN, settings=OPEN), batches=[TRAIN] * 3 + BATCHES)
+    assert "steps are not all on train_batch" in history.reason[0]
+    np.testing.assert_array_equal(history.estimate, tuned(Glocal(), batches=[TRAIN] * 3 + BATCHES).estimate)
+
+
 def test_auto_is_for_hyperparameters_of_the_loss():
     run = start(l2=log(1e-2), lr=log(0.05))
     history = tuned(Glocal(estimator="auto", train_batch=TRAIN, batches=BATCHES, settings=OPEN), run, BATCHES)
@@ -117,14 +133,14 @@ def test_auto_leaves_what_krylov_neglects_to_the_trajectory():
 
 
 @pytest.mark.parametrize("mode", ["online", "restart"])
-@pytest.mark.parametrize("change", [{}, {"batches": BATCHES, "noise": "epoch", "share": 1e3}])
+@pytest.mark.parametrize("change", [{}, {"batches": BATCHES, "noise": "epoch", "share": 1e3}, None])
 def test_resumes_bit_for_bit(tmp_path, mode, change):
-    strategy = Glocal(estimator="auto", train_batch=TRAIN, mode=mode, cut=0.5, settings=OPEN, **change)
-    batches = BATCHES if change else [TRAIN]
+    strategy = Glocal(estimator="auto", train_batch=TRAIN, mode=mode, cut=0.5, settings=OPEN, **change or {})
+    batches = {0: [TRAIN], 3: BATCHES}[len(change)] if change is not None else [BATCHES[0], *[TRAIN] * 40]
     make = lambda: Tuner(start(), strategy, steps=STEPS, window=WINDOW, runs=2)
     whole = make()
     whole.fit(batches, [VAL])
-    assert "krylov" in whole.history.method
+    assert ("krylov" in whole.history.method) == (change is not None)
     first = make()
     for n in range(27):
         first.step(batches[n % len(batches)], VAL)

@@ -1273,12 +1273,16 @@ def test_a_run_cannot_be_copied_away_from_its_model():
 # -- the model-based operator ------------------------------------------------------------------------------------------
 
 
-def rolled(estimator, tmp_path=None, stop=None, **more):
-    """A run whose windows are closed by `Glocal(estimator=...)`, saved and resumed on the way if asked for."""
+def rolled(estimator, tmp_path=None, stop=None, said=False, **more):
+    """A run whose windows are closed by `Glocal(estimator=...)`, saved and resumed on the way if asked for.
+
+    said: that there is no other batch.
+    """
 
     def make(seed):
         model = mlp(seed)
-        strategy = Glocal(estimator=estimator, train_batch=lambda: loss_of(model), settings={"gate": 1e9})
+        loss = lambda: loss_of(model)
+        strategy = Glocal(estimator=estimator, train_batch=loss, batches=[loss] if said else None, settings={"gate": 1e9})
         opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
         settings = {"tune": ("lr", "momentum"), "steps": 12, "window": 6, "outer": None, "strategy": strategy}
         return model, wrap(model, opt, **settings | more)
@@ -1307,7 +1311,8 @@ def test_a_loss_that_draws_random_numbers_is_not_frozen(estimator):
     for name in (estimator, "trajectory"):
         torch.manual_seed(0)
         model = LAYERS["dropout"]().to(WIDE)
-        strategy = Glocal(estimator=name, train_batch=lambda model=model: loss_of(model), settings={"gate": 1e9})
+        loss = lambda model=model: loss_of(model)
+        strategy = Glocal(estimator=name, train_batch=loss, batches=[loss], settings={"gate": 1e9})
         opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
         hopt = wrap(model, opt, tune=("lr", "momentum"), steps=12, window=6, outer=None, strategy=strategy)
         for _ in range(12):
@@ -1317,6 +1322,12 @@ def test_a_loss_that_draws_random_numbers_is_not_frozen(estimator):
     assert all("random numbers" in reason for reason in rolled.reason)
     np.testing.assert_array_equal(rolled.estimate, plain.estimate)
     np.testing.assert_array_equal(rolled.loss, plain.loss)
+
+
+def test_auto_is_told_that_a_loop_has_one_batch():
+    """Which examples a loss is made of nobody sees."""
+    assert "not all on train_batch" in rolled("auto").reason[0]
+    assert rolled("auto", said=True).method[0] == "krylov"
 
 
 def test_a_clipped_step_is_not_frozen():

@@ -10,7 +10,7 @@ from koopman_hpo_adapters.numpy import mlp, softmax_regression
 from koopman_hpo import AdapterError, HyperparameterError, NotFrozenError, Problem, ShapeError, Space, inner, log, logit
 from koopman_hpo.krylov import Forecast, estimate, roll
 from koopman_hpo.krylov.frozen import Coefficients, Small, along, sensitivity, step
-from koopman_hpo.krylov.noise import covariance
+from koopman_hpo.krylov.noise import gathered
 
 P, T, SHORT = 12, 300, 60
 rng = np.random.default_rng(0)
@@ -167,17 +167,18 @@ def noisy(theta):
     return Problem(theta, grad_jvp, outer, hyper=frozenset(), outer_hvp=lambda theta, hyper, V, batch: V * CURVATURE)
 
 
-def expected(run, lr, steps):
-    """d E[outer loss] / d log lr after so many steps from the run's state: mean and covariance of each mode, by recursion
-    and one complex step."""
+def expected(run, steps, j=0):
+    """d E[outer loss] / d phi_j, of log lr, after so many steps from the run's state: mean and covariance of each mode, by
+    recursion and one complex step."""
     e = 1e-30
     now = run.snapshot()
-    rate = lr * (1 + 1j * e)
-    d = now["theta"] + 1j * e * now["Z"][0]
-    v = now["slots"][0] + 1j * e * now["dslots"][0][0]
+    d = now["theta"] + 1j * e * now["Z"][j]
+    v = now["slots"][0] + 1j * e * now["dslots"][0][j]
     dd, dv, vv = np.zeros((3, MODES), complex)
     white = CURVATURE * NOISE**2
-    for _ in range(steps):
+    for t in range(run.t, run.t + steps):
+        at = run.space.at(run.phi, t)
+        rate = at.values["lr"] + 1j * e * at.seeds["lr"][j]
         v = MU * v + CURVATURE * d
         d = d - rate * v
         vv, dv = MU**2 * vv + 2 * MU * CURVATURE * dv + CURVATURE**2 * dd + white, MU * dv + CURVATURE * dd
@@ -194,7 +195,7 @@ def test_the_noise_term_gives_the_sign_of_lr_on_a_noisy_quadratic():
             for _ in range(WINDOW):
                 run.step(run.space.phi0, draw.normal(size=MODES))
             batches = [draw.normal(size=MODES) for _ in range(16)]
-            want = expected(run, lr, HORIZON - WINDOW)
+            want = expected(run, HORIZON - WINDOW)
             for kind in right:
                 noise = {"noise": kind, "batches": batches} if kind != "none" else {}
                 found = estimate(run, None, None, HORIZON - WINDOW, seed=seed, **noise)
@@ -205,6 +206,28 @@ def test_the_noise_term_gives_the_sign_of_lr_on_a_noisy_quadratic():
     assert right["none"] <= 15
 
 
+@pytest.mark.parametrize(
+    "lr",
+    [
+        log(0.2, knots=(0, HORIZON), factors=(1, 0)),
+        log(0.2, knots=(0, HORIZON), factors=(1, 0.1)),
+        log([0.2, 0.07, 0.02], knots=(0, HORIZON // 2, HORIZON)),
+    ],
+    ids=["to nothing", "to a tenth", "knots"],
+)
+def test_the_noise_term_knows_the_schedule(lr):
+    """Noise of long steps fades while short ones are taken: the last coefficients alone leave nearly nothing."""
+    draw = np.random.default_rng(0)
+    run = inner.sgd(noisy(draw.normal(size=MODES)), Space(lr=lr), momentum=MU)
+    for _ in range(WINDOW):
+        run.step(run.space.phi0, draw.normal(size=MODES))
+    batches = [draw.normal(size=MODES) for _ in range(32)]
+    found = estimate(run, None, None, HORIZON - WINDOW, noise="independent", batches=batches)
+    want = np.array([expected(run, HORIZON - WINDOW, j) for j in range(run.space.q)])
+    assert np.linalg.norm(found.estimate - want) < 0.3 * np.linalg.norm(want)
+    assert (np.abs(found.estimate - want) < 1.5 * found.error + 0.01 * np.abs(want).max()).all()
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 6, 7, 8])
 def test_noise_without_replacement_is_that_of_all_orders(steps):
     draw = np.random.default_rng(steps)
@@ -213,16 +236,16 @@ def test_noise_without_replacement_is_that_of_all_orders(steps):
     noise -= noise.mean(axis=0)
     orders = list(permutations(range(3)))
 
-    def gathered(order, state):
+    def taken(order, state):
         for i in order:
             state = step @ state + J @ noise[i]
         return state
 
     ends = [np.zeros(4)]
     for epoch in range(0, steps, 3):
-        ends = [gathered(order[: steps - epoch], x) for x in ends for order in orders]
+        ends = [taken(order[: steps - epoch], x) for x in ends for order in orders]
     want = np.einsum("ni,nj->ij", ends, ends) / len(ends)
-    got = covariance(step, J, noise.T @ noise / 3, steps, 3)
+    got = gathered(step, J, noise.T @ noise / 3, steps, 3)[2]
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -232,7 +255,7 @@ def test_independent_noise_is_the_plain_recursion():
     want = np.zeros((4, 4))
     for _ in range(13):
         want = step @ want @ step.T + J @ C @ J.T
-    np.testing.assert_allclose(covariance(step, J, C, 13, None), want, rtol=1e-12)
+    np.testing.assert_allclose(gathered(step, J, C, 13, None)[2], want, rtol=1e-12)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

@@ -1,11 +1,13 @@
 """What the noise of mini-batches does: to the loss at the horizon, and to the mean of training on the way."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from koopman_hpo import Problem, Space, inner, log, logit
 from koopman_hpo.krylov import drift, estimate, noise, roll
-from koopman_hpo.krylov.frozen import along
+from koopman_hpo.krylov.frozen import Coefficients, Piece, along, merged
 from koopman_hpo.krylov.model import Model
 
 SLOPE, BEND, SIZE = 1.0, 0.4, 0.5  # of a cubic loss, and its noise
@@ -97,7 +99,7 @@ def test_each_stage_pulls_with_the_covariance_that_it_has_by_then():
     assert len(stages) > 3
     middle = [stage.start.t + stage.steps // 2 for stage in stages]
     adjoint = [np.array([1.0 / t]) for t in middle]
-    change = [along(noise.left(found, found.at, t), found.at, batch=1).mean(axis=(1, 2, 3)) for t in middle]
+    change = [along(noise.left(found, [Piece(found.at, t)]), found.at, batch=1).mean(axis=(1, 2, 3)) for t in middle]
     want = sum(BEND / 2 * found.scale**2 * dS / t for dS, t in zip(change, middle, strict=True))
     np.testing.assert_allclose(drift.pull(model, found, list(zip(stages, adjoint, strict=True))), want, rtol=1e-9)
 
@@ -114,9 +116,9 @@ def test_deviations_have_the_covariance_of_the_noise_and_change_with_it():
     draw = np.random.default_rng(1)
     _, _, found = settled([draw.normal(size=4) for _ in range(4)], samples=4)
     at, columns = found.at, (found.scale * found.Q)
-    D, dD = drift.deviations(found, at, 30, 16)  # as many as there are columns: their signs are orthogonal
+    D, dD = drift.deviations(found, [Piece(at, 30)], 16)  # as many as there are columns: their signs are orthogonal
     whole = lambda S: np.einsum("...nab,nap,nbq->...pq", S, columns, columns) / len(columns)
-    left = noise.left(found, at, 30)
+    left = noise.left(found, [Piece(at, 30)])
     Sigma = whole(left(at.c[:, None]))
     np.testing.assert_allclose(D.T @ D / 16, Sigma, rtol=1e-9, atol=1e-12 * np.abs(Sigma).max())
     change = np.einsum("qkp,kr->qpr", dD, D) / 16
@@ -155,3 +157,25 @@ def test_signs_are_orthogonal():
     np.testing.assert_array_equal(S @ S.T, 32 * np.eye(8))
     assert noise.signs(25, 7, 0).shape == (25, 7)
     assert not np.array_equal(noise.signs(8, 32, 4), S)
+
+
+def test_pieces_are_merged_by_their_means_and_lengths():
+    at = lambda x: Coefficients(np.full((6, 1), x), np.full((6, 2, 1), 2 * x))
+    parts = [Piece(at(1.0), 3), Piece(at(4.0), 1), Piece(at(2.0), 7)]
+    found = merged(parts, 4)
+    assert [piece.steps for piece in found] == [4, 4, 3]
+    assert [piece.at.c[0, 0] for piece in found] == [1.75, 2.0, 2.0]
+    assert [piece.at.dc[0, 1, 0] for piece in found] == [3.5, 4.0, 4.0]
+    assert sum(p.steps * p.at.c[2, 0] for p in parts) == sum(p.steps * p.at.c[2, 0] for p in found)
+
+
+@pytest.mark.parametrize(("epoch", "length"), [(None, 2), (8, 8), (5, 5), (30, 30)])
+def test_pieces_of_a_schedule_are_whole_epochs(epoch, length):
+    """A part of an epoch would leave noise that the rest of it takes back."""
+    at, found = Coefficients(np.zeros((6, 1)), np.zeros((6, 1, 1))), SimpleNamespace(epoch=epoch)
+    model = SimpleNamespace(space=SimpleNamespace(scheduled=True), pieces=lambda t, steps: [Piece(at, 1)] * steps)
+    steps = [piece.steps for piece in noise.way(model, found, at, 3, 100)]
+    assert steps[:-1] == [length] * (len(steps) - 1)
+    assert sum(steps) == 100
+    model.space.scheduled = False
+    assert noise.way(model, found, at, 3, 100) == [Piece(at, 100)]

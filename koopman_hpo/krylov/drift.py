@@ -11,21 +11,21 @@ import numpy as np
 
 from ..problem import Array
 from . import frozen
-from .frozen import Coefficients
+from .frozen import Piece
 from .model import Model
-from .noise import Noise, left, signs
+from .noise import Noise, left, signs, way
 from .stage import Stage
 
 NOTHING = 1e-9  # beside the largest of a root
 NEGLECTED = 0.02  # share of the pull, with a covariance that grows with time, below which a stage is left out
 
 
-def deviations(noise: Noise, at: Coefficients, steps: int, count: int) -> tuple[Array, Array]:
-    """(k, p) deviations, k = count, whose mean square is Sigma after so many steps, and (q, k, p) their derivatives along
+def deviations(noise: Noise, pieces: list[Piece], count: int) -> tuple[Array, Array]:
+    """(k, p) deviations, k = count, whose mean square is Sigma after these pieces, and (q, k, p) their derivatives along
     phi: mixtures of the columns of each sample's root."""
     n, r, p = noise.Q.shape
-    Sigma = left(noise, at, steps)
-    root, change = root_along(Sigma(at.c[:, None]), frozen.along(Sigma, at, batch=1))
+    Sigma, at = left(noise, pieces), [piece.at for piece in pieces]
+    root, change = root_along(Sigma(*(a.c[:, None] for a in at)), frozen.along(Sigma, *at, batch=1))
     mix = signs(count, n * r, noise.seed) / np.sqrt(n)
     mixed = lambda U: mix @ (noise.scale * (U.swapaxes(-1, -2) @ noise.Q)).reshape(*U.shape[:-3], n * r, p)
     return mixed(root), mixed(change)
@@ -54,7 +54,7 @@ def pull(model: Model, noise: Noise, stages: list[tuple[Stage, Array]]) -> Array
     for (stage, adjoint), t, weight in zip(stages, times, weights, strict=True):
         if weight < NEGLECTED * weights.sum():
             continue
-        D, dD = deviations(noise, stage.pieces[-1].at, t, len(noise.batches))
+        D, dD = deviations(noise, way(model, noise, stage.pieces[-1].at, begun, t), len(noise.batches))
         for k, batch in enumerate(noise.batches):
             ahead, behind = (model.hvp(stage.centre + d, adjoint, stage.middle, batch) for d in (D[k], -D[k]))
             h += dD[:, k] @ (ahead - behind) / (2 * len(D))

@@ -272,13 +272,25 @@ def swept(A: Array, lam: Array, y: Array, steps: int) -> tuple[Array, Array]:
     return power[..., :n, n:], (power[..., :n, :n] @ lam[..., None])[..., 0]
 
 
-def along(f: Callable[[Array], Array], at: Coefficients, batch: int = 0) -> Array:
-    """(q, ...) df / dphi_j of an analytic function of the coefficients, by complex steps: exact to rounding.
+def along(f: Callable[..., Array], *at: Coefficients, batch: int = 0) -> Array:
+    """(q, ...) df / dphi_j of an analytic function of coefficients, by complex steps: exact to rounding.
 
-    f takes c (6, q, 1, ..., n), with `batch` ones, and gives (q, ...).
+    f takes c (6, q, 1, ..., n) of each, with `batch` ones, and gives (q, ...).
     """
-    c = at.c[:, None] + 1j * COMPLEX_STEP * at.dc  # (6, q, n)
-    return f(c.reshape(*c.shape[:2], *(1,) * batch, c.shape[2])).imag / COMPLEX_STEP
+    steps = (a.c[:, None] + 1j * COMPLEX_STEP * a.dc for a in at)  # (6, q, n)
+    return f(*(c.reshape(*c.shape[:2], *(1,) * batch, c.shape[2]) for c in steps)).imag / COMPLEX_STEP
+
+
+def merged(parts: list[Piece], length: int) -> list[Piece]:
+    """Pieces of so many steps each, the last of what is left, with the means of the coefficients over their steps."""
+    ends = np.cumsum([piece.steps for piece in parts])
+    starts, total, out = np.array([0, *ends[:-1]]), int(ends[-1]), []
+    c, dc = (np.array(a) for a in zip(*(piece.at for piece in parts), strict=True))
+    for a in range(0, total, length):
+        b = min(a + length, total)
+        share = np.clip(np.minimum(ends, b) - np.maximum(starts, a), 0, None) / (b - a)
+        out.append(Piece(Coefficients(np.tensordot(share, c, 1), np.tensordot(share, dc, 1)), b - a))
+    return out
 
 
 def reference(pieces: list[Piece], nesterov: bool) -> Array:

@@ -19,10 +19,12 @@ import numpy as np
 
 from ..problem import Array
 from . import frozen
-from .frozen import Coefficients, Small
+from .frozen import Coefficients, Piece, Small
 from .model import Model
 from .roll import Rolled
 from .stage import SAFETY, Stage, operator
+
+PIECES = 64  # of a schedule, at most
 
 
 def spaces(starts: Array, product: Callable[[Array], Array], depth: int) -> tuple[Array, Array]:
@@ -101,18 +103,33 @@ def _small(stage: Stage, model: Model, Q: Array, images: Array) -> Small:
     return Small(T, zero[:, 0], G, D, zero, zero, stage.rate, plain and rule.flag, rule.name == "rmsprop")
 
 
-def left(noise: Noise, at: Coefficients, steps: int) -> Callable[[Array], Array]:
-    """c (6, ..., groups) -> (..., n, r, r): what so many steps leave in the parameters, of each sample in its space; the
-    curvature is clipped as in a stage of such coefficients."""
+def way(model: Model, noise: Noise, at: Coefficients, t: int, steps: int) -> list[Piece]:
+    """The coefficients of so many steps from t on: those of a schedule in pieces of whole epochs; else `at`, those of the
+    last one, for the whole way."""
+    if not model.space.scheduled:
+        return [Piece(at, steps)]
+    length, epoch = -(-steps // PIECES), noise.epoch or 1
+    return frozen.merged(model.pieces(t, steps), -(-length // epoch) * epoch)
+
+
+def left(noise: Noise, pieces: list[Piece]) -> Callable[..., Array]:
+    """c (6, ..., groups) of each piece -> (..., n, r, r): what their steps leave in the parameters, of each sample in its
+    space; the curvature is clipped as in a stage of such coefficients."""
     small, r = noise.small, noise.Q.shape[1]
     spectrum, U = np.linalg.eigh(small.T)
-    spectrum = np.clip(spectrum, 0.0, SAFETY * frozen.ceiling(at, small.rate, small.nesterov))
+    ceiling = min(frozen.ceiling(piece.at, small.rate, small.nesterov) for piece in pieces)
+    spectrum = np.clip(spectrum, 0.0, SAFETY * ceiling)
     total = (U * spectrum[:, None]) @ U.swapaxes(1, 2)
     small = small._replace(T=total - np.einsum("g,ngab->nab", noise.decay * small.rate, small.D))
 
-    def covariant(c: Array) -> Array:
-        A, J = frozen.step(small, c)
-        return covariance(A[..., : 2 * r, : 2 * r], J, noise.C, steps, noise.epoch)[..., :r, :r]
+    def covariant(*c: Array) -> Array:
+        out = None
+        for each, piece in zip(c, pieces, strict=True):
+            A, J = frozen.step(small, each)
+            now = gathered(A[..., : 2 * r, : 2 * r], J, noise.C, piece.steps, noise.epoch)
+            out = now if out is None else _after(out, now)
+        assert out is not None
+        return out[2][..., :r, :r]
 
     return covariant
 
@@ -139,8 +156,8 @@ def _repeated(one: Gathered, times: int) -> Gathered:
     return out
 
 
-def covariance(A: Array, J: Array, C: Array, steps: int, epoch: int | None) -> Array:
-    """(..., 2m, 2m) covariance of (x, w) after some steps from none.
+def gathered(A: Array, J: Array, C: Array, steps: int, epoch: int | None) -> Gathered:
+    """What some steps do, and (..., 2m, 2m) the covariance of (x, w) that they leave from none.
 
     A (..., 2m, 2m) the step, J (..., 2m, m) what it makes of gradient noise of covariance C (..., m, m).  epoch: None for
     independent batches, or the number of batches that are drawn without replacement and sum to no noise at all.
@@ -148,7 +165,7 @@ def covariance(A: Array, J: Array, C: Array, steps: int, epoch: int | None) -> A
     zero = np.zeros_like(J @ C)
     one = (A, J + zero, J @ C @ J.swapaxes(-1, -2))
     if epoch is None:
-        return _repeated(one, steps)[2]
+        return _repeated(one, steps)
 
     def drawn(n: int) -> Gathered:
         power, S, total = _repeated(one, n)
@@ -156,7 +173,7 @@ def covariance(A: Array, J: Array, C: Array, steps: int, epoch: int | None) -> A
 
     whole, rest = divmod(steps, epoch)
     parts = ([_repeated(drawn(epoch), whole)] if whole else []) + ([drawn(rest)] if rest else [])
-    return (parts[0] if len(parts) == 1 else _after(*parts))[2]
+    return parts[0] if len(parts) == 1 else _after(*parts)
 
 
 def correction(model: Model, noise: Noise, steps: int) -> tuple[Array, Array]:
@@ -165,6 +182,7 @@ def correction(model: Model, noise: Noise, steps: int) -> tuple[Array, Array]:
     n, r, p = noise.Q.shape
     curved = model.outer_hvp(noise.theta, (noise.scale * noise.Q).reshape(n * r, p), noise.t).reshape(n, r, p)
     V = np.einsum("nap,nbp->nab", noise.Q, noise.scale * curved)
-    Sigma = left(noise, noise.at, steps)
-    each = frozen.along(lambda c: 0.5 * np.sum(V * Sigma(c), axis=(-2, -1)), noise.at, batch=1)
+    pieces = way(model, noise, noise.at, noise.t - steps, steps)
+    Sigma = left(noise, pieces)
+    each = frozen.along(lambda *c: 0.5 * np.sum(V * Sigma(*c), axis=(-2, -1)), *(piece.at for piece in pieces), batch=1)
     return each.mean(axis=1), each.std(axis=1) / np.sqrt(max(n - 1, 1))

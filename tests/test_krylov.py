@@ -275,7 +275,7 @@ def test_the_step_differentiated_backward_is_its_complex_step(nesterov, inside, 
         A = step(small, c)[0]
         return np.sum(A * weights, axis=tuple(range(1, A.ndim)))
 
-    np.testing.assert_allclose(sensitivity(small, at, weights), along(contracted, at, len(runs)), rtol=1e-12)
+    np.testing.assert_allclose(sensitivity(small, at, weights), along(contracted, at, batch=len(runs)), rtol=1e-12)
 
 
 # -- a network ------------------------------------------------------------------------------------------------------

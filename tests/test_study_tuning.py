@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from koopman_hpo import Global, Local, outer
+from koopman_hpo import Global, Glocal, Local, outer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("sklearn")
@@ -76,7 +76,7 @@ def test_chance_is_what_other_batches_make_of_the_same_start():
     assert len({p.test for p in trace}) == searching.ORDERS
     rows = [{"setting": "tabular", "seed": 10, "method": tuning.AGAIN, "start": 0.01, "trace": trace[:2]}]
     ends = sorted(p.test for p in trace[:2])
-    found = tuning.chance_block(record(costs={"tabular": [2.0, 3.0]}, rows=rows))
+    found = tuning.chance_block(record(costs={"tabular": [2.0, 3.0, 0.1, 1.0, 1.0]}, rows=rows))
     assert found.endswith(f": diabetes, a regression {100 * (ends[1] / ends[0] - 1):.1f} %.")
 
 
@@ -358,23 +358,54 @@ def tuning_rows(setting, worst):
 
 
 def test_the_verdict_speaks_of_the_tasks_measured_and_of_their_worst_start():
-    found = record(costs={"tabular": [2.0, 3.0]}, chance={"tabular": 0.9}, rows=tuning_rows("tabular", 1.2))
+    found = record(costs={"tabular": [2.0, 3.0, 0.1, 1.0, 1.0]}, chance={"tabular": 0.9}, rows=tuning_rows("tabular", 1.2))
     said = tuning.verdict_block(found)
     assert said.count("\n") + 1 == len(tuning.ONLINE)
     assert "20 random runs reach 0.900, as good from 4 of 5 starts; the worst start loses 50 % to the best." in said
-    missed = "none. Missed on diabetes, a regression (worst start +33.3 % on 20 random runs, 50.0 % behind the best)."
-    assert tuning.goal_block(found).splitlines()[-1] == f"- local, search, three runs: reached on {missed}"
+    last = "diabetes, a regression | +33.3 % | +33.3 % | 50 % | 2.00 | not within its runs | cost |"
+    assert tuning.goal_block(found).splitlines()[-1] == f"| local, search, three runs | {last}"
     assert "KMNIST" not in tuning.table_block(found) + tuning.cost_block(found)
     assert "MNIST, LeNet" in tuning.missing_block(found)
     assert len(tuning.FIGURES["evidence_tuning.png"](found).axes) == 3
 
 
-def test_the_goal_is_reached_where_the_worst_start_is_good_enough_and_not_far_behind():
-    found = record(costs={"tabular": [2.0, 3.0]}, chance={"tabular": 0.9}, rows=tuning_rows("tabular", 0.83))
-    assert "- local: reached on diabetes, a regression. Missed on none." in tuning.goal_block(found)
-    behind = record(costs={"tabular": [2.0, 3.0]}, chance={"tabular": 0.9}, rows=tuning_rows("tabular", 0.85))
-    missed = "diabetes, a regression (worst start -5.6 % on 20 random runs, 6.2 % behind the best)"
-    assert f"- local: reached on none. Missed on {missed}." in tuning.goal_block(behind)
+def test_each_part_of_the_goal_is_judged_for_itself_and_falling_lr_against_falling_lr():
+    costs = {"tabular": [2.0, 3.0, 0.1, 1.0, 1.0]}
+
+    def parts(worst, tpe=None, cosine=1.0):
+        rows = tuning_rows("tabular", worst)
+        for r in rows:
+            if r["method"] == "random, cosine":
+                r["trace"] = [[n, val, cosine, accuracy] for n, val, _, accuracy in r["trace"]]
+        if tpe:  # finds 0.5 in its first run
+            rows.append({"setting": "tabular", "seed": 10, "method": tpe, "start": None, "trace": [[1.0, 0.1, 0.5, 0.5]]})
+        lines = tuning.goal_block(record(costs=costs, chance={"tabular": 0.9}, rows=rows)).splitlines()
+        return {line.split(" | ")[0][2:]: line.split(" | ")[-1][:-2] for line in lines[2:]}
+
+    assert parts(0.83)["local"] == "quality, any start, cost"
+    assert parts(0.85)["local"] == "quality, cost"  # 6 % behind the best
+    assert parts(0.92)["local"] == "cost"  # and above what random search finds
+    fallen = parts(0.83, cosine=0.82)
+    assert fallen["local"] == "quality, any start, cost"
+    assert fallen["local, search first"] == "any start, cost"
+    cheap = parts(0.83, "tpe")
+    assert cheap["local"] == "quality, any start"
+    assert cheap["local, search first"] == "quality, any start, cost"
+    assert parts(0.83, "tpe, cosine")["local, search first"] == "quality, any start"
+
+
+def test_a_tuners_own_time_is_counted_beside_its_runs():
+    made = task()
+    step, closing = methods.own(made, Local())
+    assert 0 < step < closing
+    cheap, dear = (
+        methods.tuned(made, methods.Cost(2.0, 3.0, *own), Glocal(), window=25)[0] for own in ((), (0.1, 5.0, 9.0))
+    )
+    windows = -(-made.steps // 25)
+    assert dear.runs - cheap.runs == pytest.approx((0.1 * made.steps + 14.0 * windows) / made.steps)
+    local = methods.tuned(made, methods.Cost(2.0, 3.0, 0.1, 5.0, 9.0), Local(), window=25)[0]
+    plain = methods.tuned(made, methods.Cost(2.0, 3.0), Local(), window=25)[0]
+    assert local.runs - plain.runs == pytest.approx((0.1 * made.steps + 5.0 * windows) / made.steps)
 
 
 def test_the_wide_network_is_the_published_one_and_its_class_weights_are_tuned(monkeypatch):

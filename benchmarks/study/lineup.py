@@ -40,7 +40,8 @@ RATES = np.geomspace(1e-4, 1.0, 9)
 FIRST_SEED = 10  # constants were chosen on seeds from 100 on
 GLOBAL_RUNS, BRACKETS = 8, 6
 ONLINE = ("local", "glocal", "glocal, 5 a window", "local, guarded", "glocal, guarded")
-ONLINE += ("local, search first", "local, search, three runs")
+FALLING = ("local, search first", "local, search, three runs")  # their lr, to zero
+ONLINE += FALLING
 ONE_RUN = ("untuned", "hypergradient descent", *ONLINE, "global")
 AGAIN = "local, search first, other batches"  # from the middle of the starts
 GUARDED = {"outer": outer.adam(0.25), "guard": Guard(again=0.3, fall=1.0)}  # chosen on seeds from 100 on

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from koopman_hpo import Tuner
+from koopman_hpo import Glocal, Local, Tuner
+from koopman_hpo.koopman.forecast import LEAST_SNAPSHOTS
 
 from .tasks import CLASSES, Quality, Task
 
@@ -27,6 +28,9 @@ class Cost(NamedTuple):
 
     tangent: float  # a step with tangents
     hypergradient: float  # the outer loss and its gradient; an evaluation is counted the same
+    keeping: float = 0.0  # what the tuner itself does beside a step
+    closing: float = 0.0  # and at a window's end
+    estimating: float = 0.0  # and there for Glocal's estimate from its snapshots
 
 
 class Point(NamedTuple):
@@ -55,7 +59,32 @@ def cost(task: Task, calls: int = 40) -> Cost:
             batch, clock = task.batch(t), time.perf_counter()
             call(batch)
             least[name] = min(least[name], time.perf_counter() - clock)
-    return Cost(least["tangent"] / least["plain"], least["hypergradient"] / least["plain"])
+    (step, closing), (_, with_estimate) = own(task, Local()), own(task, Glocal())
+    own_time = (step, closing, max(with_estimate - closing, 0.0))
+    return Cost(*(x / least["plain"] for x in (least["tangent"], least["hypergradient"], *own_time)))
+
+
+def own(task: Task, strategy: Any, windows: int = 6) -> tuple[float, float]:
+    """Seconds of the tuner's own beside a step, and at a window's end: the shortest of several."""
+    run, inside = task.run(), [0.0]
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def timing(*args: Any, **named: Any) -> Any:
+            clock = time.perf_counter()
+            out = call(*args, **named)
+            inside[0] += time.perf_counter() - clock
+            return out
+
+        return timing
+
+    run.step, run.hypergradient = timed(run.step), timed(run.hypergradient)
+    tuner = Tuner(run, strategy, steps=task.steps, window=task.window)
+    rest: tuple[list[float], list[float]] = [], []
+    for t in range(min(task.steps, windows * task.window)):
+        batch, closed, inside[0], clock = task.batch(t), len(tuner.history), 0.0, time.perf_counter()
+        tuner.step(batch, task.val)
+        rest[len(tuner.history) > closed].append(time.perf_counter() - clock - inside[0])
+    return min(rest[0]), min(rest[1])
 
 
 def train(task: Task, phi: Array, at: Callable[[Array, int], Array] | None = None) -> Quality:
@@ -91,7 +120,11 @@ def tuned(task: Task, c: Cost, strategy: Any, **settings: Any) -> tuple[Point, A
         tuner = Tuner(task.run(), strategy, steps=task.steps, **({"window": task.window} | settings))
         result = tuner.fit(task.batch, [task.val])
     plain = task.steps if tuner.mode == "restart" else 0
-    spent = plain + (result.steps - plain) * c.tangent + (len(result.history.trajectory) + 1) * c.hypergradient
+    spent = (
+        plain + (result.steps - plain) * (c.tangent + c.keeping) + (len(result.history.trajectory) + 1) * c.hypergradient
+    )
+    estimates = isinstance(strategy, Glocal) and tuner.window // (tuner.every or 1) >= LEAST_SNAPSHOTS
+    spent += len(result.history) * (c.closing + estimates * c.estimating)
     return point(task, spent, task.quality(result.params)), result
 
 

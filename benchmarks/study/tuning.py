@@ -5,12 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import blackbox, peers
-from .lineup import AGAIN, BLACK_BOX, FIRST_SEED, NAMES, ONE_RUN, ONLINE, STARTS, TASKS, black_box, one_run, starts_of
+from .lineup import (
+    AGAIN,
+    BLACK_BOX,
+    FALLING,
+    FIRST_SEED,
+    NAMES,
+    ONE_RUN,
+    ONLINE,
+    STARTS,
+    TASKS,
+    black_box,
+    one_run,
+    starts_of,
+)
 from .methods import CHANCE, Cost, Point, Trace, cost, expected, rounded, standing
 from .page import canvas, number, percent, table
 from .settings import Settings
@@ -79,9 +92,9 @@ def curve(record: dict[str, Any], setting: str, method: str) -> tuple[np.ndarray
     return runs, np.mean([[min(p.test, worst) for p in standing(t)] for t in found], axis=0)
 
 
-def twenty(record: dict[str, Any], setting: str) -> float:
+def twenty(record: dict[str, Any], setting: str, search: str = "random") -> float:
     """Test loss that 20 random runs reach."""
-    return float(np.mean([expected(t, 20, chance(record, setting)) for t in traces(record, setting, "random")]))
+    return float(np.mean([expected(t, 20, chance(record, setting)) for t in traces(record, setting, search)]))
 
 
 def needed(record: dict[str, Any], setting: str, method: str, test: float) -> float:
@@ -98,7 +111,8 @@ def methods(record: dict[str, Any]) -> set[str]:
 
 def cost_block(record: dict[str, Any]) -> str:
     rows = [[TASKS[name].label, *(float(x) for x in record["results"]["costs"][name])] for name in measured(record)]
-    return table(["task", "a step with its 3 tangents", "a hypergradient or an evaluation"], rows)
+    heads = ["task", "a step with its 3 tangents", "a hypergradient or an evaluation"]
+    return table([*heads, "tuner, a step", "tuner, a window", "Glocal's estimate"], rows)
 
 
 def table_block(record: dict[str, Any]) -> str:
@@ -143,7 +157,7 @@ def verdict_block(record: dict[str, Any]) -> str:
         goal = twenty(record, setting)
         for method in (m for m in ONLINE if m in methods(record)):
             test = by_start(record, setting, method)
-            lost = distance(record, setting, method)[1]
+            lost = lost_to_best(test)
             reached = int(np.sum(test.mean(axis=0) <= goal))
             line = (
                 f"- {TASKS[setting].label}, {method}: {test.mean():.3f} at the cost of "
@@ -156,24 +170,40 @@ def verdict_block(record: dict[str, Any]) -> str:
 
 
 def goal_block(record: dict[str, Any]) -> str:
-    """Of each way to run online, the tasks on which every start reaches the goal, and how far the others are from it."""
-    lines = []
+    """Of each way to run online and each task, how far it is from the three parts of the goal."""
+    heads = ["", "task", "worst start, on 20 random runs", "on 20 with a cosine schedule", "behind the best start"]
+    rows: list[list[Any]] = []
     for method in (m for m in ONLINE if m in methods(record)):
-        far = {setting: distance(record, setting, method) for setting in measured(record)}
-        reached = [TASKS[s].label for s, (above, lost) in far.items() if above <= 0 and lost <= LOSS]
-        missed = [
-            f"{TASKS[s].label} (worst start {100 * above:+.1f} % on 20 random runs, {100 * lost:.1f} % behind the best)"
-            for s, (above, lost) in far.items()
-            if TASKS[s].label not in reached
-        ]
-        lines.append(f"- {method}: reached on {'; '.join(reached) or 'none'}. Missed on {'; '.join(missed) or 'none'}.")
-    return "\n".join(lines)
+        for setting in measured(record):
+            goal = distance(record, setting, method)
+            to = [f"{100 * x:+.1f} %" for x in (goal.constant, goal.cosine)]
+            reached = ", ".join(name for name, there in goal.reached(method).items() if there)
+            costs = goal.cost, goal.rival if math.isfinite(goal.rival) else "not within its runs"
+            rows.append([method, TASKS[setting].label, *to, percent(goal.lost), *costs, reached or "-"])
+    return table([*heads, "cost, runs", "TPE's for that", "reached"], rows)
 
 
-def distance(record: dict[str, Any], setting: str, method: str) -> tuple[float, float]:
-    """Shares: how far the worst start, on the mean over seeds, ends above 20 random runs, and what it loses to the best."""
-    test = by_start(record, setting, method)
-    return float(test.mean(axis=0).max() / twenty(record, setting) - 1), lost_to_best(test)
+class Goal(NamedTuple):
+    """How a way to run online stands to the goal; shares, and runs."""
+
+    constant: float  # how far the worst start, on the mean over seeds, ends above 20 random runs
+    cosine: float  # the same of 20 whose lr falls
+    lost: float  # what the worst of a seed's runs loses to the best
+    cost: float
+    rival: float  # what TPE needs for the same test loss, its lr falling if this one's does
+
+    def reached(self, method: str) -> dict[str, bool]:
+        """The parts of the goal: lr that falls is judged against lr that falls."""
+        above = self.cosine if method in FALLING else self.constant
+        return {"quality": above <= 0, "any start": self.lost <= LOSS, "cost": self.cost <= self.rival}
+
+
+def distance(record: dict[str, Any], setting: str, method: str) -> Goal:
+    test, falls = by_start(record, setting, method), method in FALLING
+    above = (float(test.mean(axis=0).max() / twenty(record, setting, s) - 1) for s in ("random", "random, cosine"))
+    rival = "tpe, cosine" if falls else "tpe"
+    needs = needed(record, setting, rival, float(test.mean())) if rival in methods(record) else math.inf
+    return Goal(*above, lost_to_best(test), float(np.mean(by_start(record, setting, method, "runs"))), needs)
 
 
 def lost_to_best(test: np.ndarray) -> float:

@@ -84,13 +84,13 @@ def test_a_measurement_holds_every_method_from_every_start_and_fills_the_page(mo
     tiny = lineup.Setting("tiny", lambda data, seed: task(), seeds=(1, 1), trials=(20, 20))
     monkeypatch.setattr(tuning, "TASKS", {"tiny": tiny})
     monkeypatch.setattr(tuning, "ONE_RUN", ("hypergradient descent", "local, search first", "global"))
-    monkeypatch.setattr(tuning, "BLACK_BOX", ("random", "grid"))
+    monkeypatch.setattr(tuning, "BLACK_BOX", ("random", "random, cosine", "grid"))
     monkeypatch.setattr(peers, "HAS_PRODIGY", False)
     found = record(**tuning.measure(tuning.Settings()))
     held = [(r["method"], r["start"]) for r in found["results"]["rows"]]
     assert held.count((tuning.AGAIN, 0.01)) == 1
     assert [start for method, start in held if method == "local, search first"] == list(tuning.STARTS)
-    assert {method for method, _ in held} == {*tuning.ONE_RUN, tuning.AGAIN, "random", "grid"}
+    assert {method for method, _ in held} == {*tuning.ONE_RUN, tuning.AGAIN, "random", "random, cosine", "grid"}
     monkeypatch.setattr(tuning, "same_quality", lambda *known: "")
     assert all(block(found).strip() for block in tuning.BLOCKS.values())
 

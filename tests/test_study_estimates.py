@@ -108,7 +108,8 @@ def test_the_page_says_which_goals_are_reached_and_what_is_left_out():
     for words in (
         "7 windows of 2 runs (small tier; without MNIST and KMNIST",
         "in 1 of 2 cells (**auto**: 0)",
-        "Not below it in: ridge regression, full batch (reset 50).",
+        "Not below it: aged in ridge regression, full batch (reset 50).",
+        "Nor auto in: digits, full batch (reset 20); ridge regression, full batch (reset 50).",
         "At least 80 % in 1 of 2 cells; less in cells of: ridge regression, full batch.",
     ):
         assert words in text

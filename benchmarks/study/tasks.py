@@ -84,7 +84,7 @@ class Task:
 
 
 class Images(NamedTuple):
-    """One seed's split: all images (n, 49) scaled by the training ones, labels, positions of the training images."""
+    """One seed's split: all images (n, 49), each pixel scaled by all of them, labels, positions of the training images."""
 
     X: Array
     y: Array

@@ -32,6 +32,7 @@ class Hyperparameter:
       knots: None, or K increasing inner steps, the first one 0.
       schedule: "linear" between knots (in natural values), or "constant" from each knot to the next.
       factors: None, or K fixed multiples of one value at the knots: the schedule's form is given, its height is tuned.
+      shares: None, or n fixed multiples of one value, one a group: their proportions are given, their height is tuned.
     """
 
     value: Array
@@ -40,6 +41,7 @@ class Hyperparameter:
     knots: tuple[int, ...] | None = None
     schedule: Literal["linear", "constant"] = "linear"
     factors: tuple[float, ...] | None = None
+    shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.transform, Transform):
@@ -58,11 +60,17 @@ class Hyperparameter:
         object.__setattr__(self, "bounds", (float(ends[0]), float(ends[1])))
         object.__setattr__(self, "knots", knots)
         object.__setattr__(self, "factors", factors)
+        object.__setattr__(self, "shares", _check_shares(self.shares, self.tuned, self.transform))
+
+    @property
+    def tuned(self) -> tuple[int, ...]:
+        """Shape of what is tuned of the value at one step: `()` or `(n,)`."""
+        return self.value.shape if self.rows is None else self.value.shape[1:]
 
     @property
     def groups(self) -> tuple[int, ...]:
         """Shape of the value at one step: `()` or `(n,)`."""
-        return self.value.shape if self.rows is None else self.value.shape[1:]
+        return self.tuned if self.shares is None else (len(self.shares),)
 
     @property
     def rows(self) -> tuple[int, ...] | None:
@@ -151,16 +159,43 @@ def _check_factors(factors: Any, knots: tuple[int, ...] | None, transform: Trans
         raise HyperparameterError(f"{call}: factors need knots, the inner steps at which they hold: knots=(0, T).")
     if not transform.low <= 0 <= transform.high:
         raise HyperparameterError(f"{call}: a multiple would leave the domain. Use log or identity, with bounds.")
-    endless = {transform.low, transform.high} <= {-math.inf, 0.0, math.inf}
-    x, most = reals(call, "factors", factors), math.inf if endless else 1.0
+    x = reals(call, "factors", factors)
     if x.shape != (len(knots),):
         raise ShapeError(f"{call}: factors must be {len(knots)} numbers, one a knot, got shape {x.shape}.")
+    most = _most(transform)
     if not ((x >= 0) & (x <= most) & (x < math.inf)).all() or not x[0] > 0:
         raise HyperparameterError(
             f"{call}: factors must be finite, at least 0{', at most 1' if most == 1 else ''} and the first one above 0, "
             f"got {x.tolist()}."
         )
     return tuple(x.tolist())
+
+
+def _check_shares(shares: Any, tuned: tuple[int, ...], transform: Transform) -> tuple[float, ...] | None:
+    if shares is None:
+        return None
+    call = transform.name
+    if tuned:
+        raise ShapeError(
+            f"{call}: shares are multiples of one value, got {tuned[0]}, one a group. Give one, or leave shares out."
+        )
+    if not transform.low <= 0 <= transform.high:
+        raise HyperparameterError(f"{call}: a multiple would leave the domain. Use log or identity, with bounds.")
+    x, most = reals(call, "shares", shares), _most(transform)
+    if x.ndim != 1 or x.size == 0:
+        raise ShapeError(f"{call}: shares must be (n,) numbers, one a group, got shape {x.shape}.")
+    if not ((x >= 0) & (x <= most) & (x < math.inf)).all() or not x.any():
+        raise HyperparameterError(
+            f"{call}: shares must be finite, at least 0{', at most 1' if most == 1 else ''} and not all 0, got "
+            f"{x.tolist()}."
+        )
+    return tuple(x.tolist())
+
+
+def _most(transform: Transform) -> float:
+    """The largest multiple of a value that cannot leave the transform's domain."""
+    endless = {transform.low, transform.high} <= {-math.inf, 0.0, math.inf}
+    return math.inf if endless else 1.0
 
 
 def _make(
@@ -171,13 +206,14 @@ def _make(
     knots: Any,
     schedule: Any,
     factors: Any = None,
+    shares: Any = None,
 ) -> Hyperparameter:
     array = reals(transform.name, "value", value)
     if bounds is None:
         finite = array[np.isfinite(array)]
         low, high = default  # widened to admit the start, never narrower than the user's own wish
         bounds = (min(low, finite.min()), max(high, finite.max())) if finite.size else default
-    return Hyperparameter(array, transform, bounds, knots, schedule, factors)
+    return Hyperparameter(array, transform, bounds, knots, schedule, factors, shares)
 
 
 def log(
@@ -187,6 +223,7 @@ def log(
     knots: Any = None,
     schedule: Literal["linear", "constant"] = "linear",
     factors: Any = None,
+    shares: Any = None,
 ) -> Hyperparameter:
     """A positive hyperparameter tuned on a log scale: lr, weight_decay, eps, regularisers, weights.
 
@@ -197,11 +234,13 @@ def log(
       schedule: "linear" or "constant" between knots.
       factors: K fixed multiples, one a knot, of a scalar or `(n,)`: `log(0.1, knots=(0, T), factors=(1, 0))` tunes the
         height of a linear decay.
+      shares: n fixed multiples, one a group, of a scalar or, with knots, `(K,)`: `log(1e-2, shares=(1, 0))` tunes a weight
+        decay that the second group has not.
 
     Raises:
       HyperparameterError: a value at or below zero, or outside the bounds.
     """
-    return _make(value, LOG, bounds, (1e-10, 1e4), knots, schedule, factors)
+    return _make(value, LOG, bounds, (1e-10, 1e4), knots, schedule, factors, shares)
 
 
 def logit(
@@ -211,12 +250,13 @@ def logit(
     knots: Any = None,
     schedule: Literal["linear", "constant"] = "linear",
     factors: Any = None,
+    shares: Any = None,
 ) -> Hyperparameter:
     """A fraction strictly between 0 and 1 tuned on a logit scale: momentum, betas, label smoothing.
 
     Default bounds (1e-5, 0.99999), widened to admit the start; otherwise as `log`.
     """
-    return _make(value, LOGIT, bounds, (1e-5, 0.99999), knots, schedule, factors)
+    return _make(value, LOGIT, bounds, (1e-5, 0.99999), knots, schedule, factors, shares)
 
 
 def identity(
@@ -226,9 +266,10 @@ def identity(
     knots: Any = None,
     schedule: Literal["linear", "constant"] = "linear",
     factors: Any = None,
+    shares: Any = None,
 ) -> Hyperparameter:
     """A real hyperparameter tuned as it is.  Without bounds it may go anywhere; otherwise as `log`."""
-    return _make(value, IDENTITY, bounds, (-math.inf, math.inf), knots, schedule, factors)
+    return _make(value, IDENTITY, bounds, (-math.inf, math.inf), knots, schedule, factors, shares)
 
 
 def box(

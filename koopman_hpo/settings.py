@@ -64,6 +64,7 @@ def of(tuner: Tuner) -> dict[str, Any]:
     space = [
         [name, h.transform.name, list(h.bounds), None if h.knots is None else list(map(int, h.knots)), h.schedule]
         + ([] if h.factors is None else [list(h.factors)])
+        + ([] if h.shares is None else [{"shares": list(h.shares)}])
         for name, h in tuner.inner.space.items()
     ]
     return {n: getattr(tuner, n) for n in names} | {

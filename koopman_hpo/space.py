@@ -200,7 +200,7 @@ class Space(Mapping[str, Hyperparameter]):
         seeds: dict[str, Array] = {}
         slopes = self.slopes(phi)
         for name, h in self._entries.items():
-            n = math.prod(h.groups)
+            n = math.prod(h.tuned)
             w = h.weights(t)
             K = len(w)
             x = self._value(name, phi).reshape(K, n)
@@ -209,13 +209,15 @@ class Space(Mapping[str, Hyperparameter]):
             block = seed[self._slices[name]].reshape(K, n, n)
             block[:, range(n), range(n)] = local
             value = w @ x
+            if h.shares is not None:
+                value, seed = value * h.shares, seed * h.shares
             values[name] = value if h.groups else float(value[0])
             seeds[name] = seed if h.groups else seed[:, 0]
         return Point(values, seeds)
 
 
 def _labels(name: str, h: Hyperparameter) -> list[str]:
-    groups = [f"[{i}]" for i in range(h.groups[0])] if h.groups else [""]
+    groups = [f"[{i}]" for i in range(h.tuned[0])] if h.tuned else [""]
     knots = [""] if h.rows is None else [f"@{k}" for k in h.rows]
     return [name + g + k for k in knots for g in groups]
 

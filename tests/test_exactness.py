@@ -172,6 +172,22 @@ def test_the_height_of_a_given_schedule_is_the_sum_over_its_knots(name):
     assert report.error.max() < 1e-6, str(report)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "lion"])
+def test_a_value_shared_out_to_groups_has_the_derivative_of_the_weighted_sum(name):
+    """value_g = height * share_g: on a log scale the height's derivative is the sum of the groups' own."""
+    make, batches, val = getattr(inner, name), toys.batches(2, 12), toys.data(9)
+    problem = toys.logistic(np.random.default_rng(5).normal(size=5), segments=(2, 3))
+    h = lambda **space: hypergradient(make(problem, Space(**space)), batches, val).grad
+    shared = h(lr=log(0.05, shares=(1, 2)), weight_decay=log(0.1, shares=(1, 0)))
+    apart = h(lr=log([0.05, 0.1]), weight_decay=log([0.1, 1e-300], bounds=(0, 1)))
+    np.testing.assert_allclose(shared, apart.reshape(2, 2).sum(axis=1), rtol=1e-10)
+    run = make(
+        problem, Space(lr=log(0.05, shares=(1, 0), knots=(0, 12), factors=(1, 0)), weight_decay=log(0.1, shares=(0, 1)))
+    )
+    report = check_hypergradient(run, batches, val)
+    assert report.error.max() < 1e-6, str(report)
+
+
 @pytest.mark.parametrize(("name", "flags"), [("sgd", {}), ("adamw", {}), ("rmsprop", {"centered": True})])
 def test_schedules_and_groups_agree_with_reverse_mode(name, flags):
     theta0, batches, val = np.random.default_rng(6).normal(size=5), toys.batches(3, 10), toys.data(5)

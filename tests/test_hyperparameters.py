@@ -84,6 +84,20 @@ def test_factors_are_multiples_of_one_value_at_the_knots():
     assert space.natural(space.phi0)["lr"] == pytest.approx(0.2)  # the height
 
 
+def test_shares_are_multiples_of_one_value_by_group():
+    space = Space(
+        wd=log(0.2, shares=(1, 0, 0.5)), lr=log([0.1, 0.3], knots=(0, 10), shares=(2, 1)), a=identity(3.0, shares=(1,))
+    )
+    assert space.labels == ("wd", "lr@0", "lr@10", "a")
+    point = space.at(space.phi0, 5)
+    np.testing.assert_allclose(point.values["wd"], [0.2, 0, 0.1])
+    np.testing.assert_allclose(point.values["lr"], [0.4, 0.2])
+    assert point.values["a"].shape == (1,)
+    np.testing.assert_allclose(point.seeds["wd"], [[0.2, 0, 0.1], [0] * 3, [0] * 3, [0] * 3])
+    np.testing.assert_allclose(point.seeds["lr"][1:3], [[0.1, 0.05], [0.3, 0.15]])
+    assert space.natural(space.phi0)["wd"] == pytest.approx(0.2)  # the height
+
+
 def test_labels_name_every_coordinate():
     assert mixed().labels == (
         "lr@0", "lr@10", "lr@30", "momentum", "l2[0]@0", "l2[1]@0", "l2[0]@7", "l2[1]@7", "groups[0]", "groups[1]", "shift",
@@ -166,6 +180,14 @@ def test_the_start_is_the_users_array_no_more():
         (lambda: log(0.1, knots=(0, 5), factors=(1, np.nan)), HyperparameterError, "finite"),
         (lambda: logit(0.9, knots=(0, 5), factors=(1, 1.05)), HyperparameterError, "at most 1"),
         (lambda: log([[0.1], [0.2]], knots=(0, 5), factors=(1, 0)), ShapeError, "scalar"),
+        (lambda: log([0.1, 0.2], shares=(1, 0)), ShapeError, "multiples of one value, got 2"),
+        (lambda: log(0.1, shares=[[1, 0]]), ShapeError, "one a group"),
+        (lambda: log(0.1, shares=()), ShapeError, "one a group"),
+        (lambda: log(0.1, shares=(0, 0)), HyperparameterError, "not all 0"),
+        (lambda: log(0.1, shares=(1, -1)), HyperparameterError, "at least 0"),
+        (lambda: log(0.1, shares=(1, np.nan)), HyperparameterError, "finite"),
+        (lambda: logit(0.9, shares=(1, 1.05)), HyperparameterError, "at most 1"),
+        (lambda: replace(box(2.0, 1, 3), shares=(1, 0)), HyperparameterError, "leave the domain"),
         (lambda: replace(box(2.0, 1, 3), knots=(0, 5), factors=(1, 0)), HyperparameterError, "leave the domain"),
         (lambda: replace(box(0.5, 0, 1), knots=(0, 5), factors=(1, 1.5)), HyperparameterError, "at most 1"),
         (lambda: Space(lr=0.1), HyperparameterError, r"lr=log\(0.1\)"),

@@ -66,6 +66,9 @@ VARIANTS = {
     ),
     "nothing": lambda: inner.sgd(quadratic(), Space(lr=log(0.1, knots=(0, 10), factors=(1, 0)), **momentum)),
     "one group warms up": lambda: inner.sgd(quadratic(), Space(lr=log([[0.01, 0.9], [0.1, 0.9]], knots=(0, 100)))),
+    "shares": lambda: inner.sgd(
+        quadratic(), Space(lr=log(0.1, shares=(1, 2)), weight_decay=log(1e-2, shares=(1, 0)), **momentum)
+    ),
     "steps": lambda: inner.sgd(
         quadratic(),
         Space(lr=log([0.1, 0.05], knots=(0, 90), schedule="constant"), momentum=logit([0.8, 0.5], knots=(0, 100))),
@@ -101,10 +104,11 @@ def test_growth_is_clipped_by_the_way_and_not_by_the_slowest_step():
     assert 1 < grown(found.outer_loss) < 1.5 < grown(after(run, T).hypergradient(None).value)
 
 
+@pytest.mark.parametrize(("lr", "dampening"), [(log([0.1, 3.0]), [0.0, 0.9]), (log(0.1, shares=(1, 0)), 0.0)])
 @pytest.mark.parametrize("begun", [0, 20])
-def test_each_group_has_an_edge_of_its_own(begun):
-    """One takes long steps that are damped, the other short ones."""
-    run = after(inner.sgd(quadratic(), Space(lr=log([0.1, 3.0]), **momentum), dampening=[0.0, 0.9]), begun)
+def test_each_group_has_an_edge_of_its_own(begun, lr, dampening):
+    """One takes long steps that are damped, or none, the other short ones."""
+    run = after(inner.sgd(quadratic(), Space(lr=lr, **momentum), dampening=dampening), begun)
     found = estimate(run, None, None, T - begun, columns=P)
     assert apart(found.estimate, rest(run, T - begun)) < 1e-9
     assert found.edge < 0.5

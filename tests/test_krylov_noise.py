@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from koopman_hpo import Problem, Space, inner, log, logit
+from koopman_hpo import Hyperparameter, Problem, Space, inner, log, logit
 from koopman_hpo.krylov import drift, estimate, noise, roll
 from koopman_hpo.krylov.frozen import Coefficients, Piece, along, merged
 from koopman_hpo.krylov.model import Model
@@ -29,15 +29,16 @@ def cubic(theta, bend=BEND):
     return Problem(theta, grad_jvp, outer, hyper=frozenset(), outer_hvp=lambda theta, hyper, V, batch: 0 * V)
 
 
-def mean_of_all(run, lr, mu, steps):
+def mean_of_all(run, mu, steps):
     """d E[theta] / d log lr after so many steps with independent noise: mean and covariance by recursion, in which the
     third moment is left out, and one complex step."""
     e = 1e-30
     now = run.snapshot()
-    rate = lr * (1 + 1j * e)
     m, v = now["theta"][0] + 1j * e * now["Z"][0, 0], now["slots"][0][0] + 1j * e * now["dslots"][0][0, 0]
     dd = dv = vv = 0j
-    for _ in range(steps):
+    for t in range(run.t, run.t + steps):
+        at = run.space.at(run.phi, t)
+        rate = at.values["lr"] + 1j * e * at.seeds["lr"][0]
         slope = SLOPE + BEND * m
         v = mu * v + SLOPE * m + BEND / 2 * (m**2 + dd)
         m = m - rate * v
@@ -47,7 +48,7 @@ def mean_of_all(run, lr, mu, steps):
 
 
 def after_20(lr, mu):
-    run = inner.sgd(cubic(np.array([0.3])), Space(lr=log(lr)), momentum=mu)
+    run = inner.sgd(cubic(np.array([0.3])), Space(lr=lr if isinstance(lr, Hyperparameter) else log(lr)), momentum=mu)
     for _ in range(20):
         run.step(run.space.phi0, None)
     return run
@@ -59,7 +60,16 @@ def test_a_cubic_loss_moves_the_mean_of_training(lr, mu, steps):
     run = after_20(lr, mu)
     batches = [np.array([s * SIZE]) for s in (1.0, -1.0, 1.0, -1.0)]
     found = estimate(run, None, None, steps, noise="independent", batches=batches, stages=12)
-    np.testing.assert_allclose(found.estimate[0], mean_of_all(run, lr, mu, steps), rtol=0.02)
+    np.testing.assert_allclose(found.estimate[0], mean_of_all(run, mu, steps), rtol=0.02)
+
+
+@pytest.mark.parametrize("ends", [(1, 0), (1, 0.05), (0.05, 1)])
+def test_the_pull_on_the_mean_knows_the_schedule(ends):
+    """The last coefficients alone would say half of it where lr falls."""
+    run = after_20(log(0.05, knots=(0, 220), factors=ends), 0.5)
+    batches = [np.array([s * SIZE]) for s in (1.0, -1.0, 1.0, -1.0)]
+    found = estimate(run, None, None, 200, noise="independent", batches=batches, stages=12)
+    np.testing.assert_allclose(found.estimate[0], mean_of_all(run, 0.5, 200), rtol=0.12)
 
 
 def test_so_do_many_real_runs():

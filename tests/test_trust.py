@@ -7,6 +7,7 @@ from scipy.optimize import minimize as scipy_minimise
 
 from koopman_hpo import AdapterError, HyperparameterError, Problem, ShapeError, Space, inner, log, logit, trust
 from koopman_hpo.krylov import estimate
+from koopman_hpo.krylov import forecast as krylov_forecast
 from koopman_hpo.trust import minimise, propose
 
 rng = np.random.default_rng(0)
@@ -419,3 +420,12 @@ def test_what_spaces_miss_is_told_and_mostly_mended():
         assert errors[-1] < 2 * np.linalg.norm(np.hypot(found.error, found.missed))
     assert hvps[0] < hvps[1] <= hvps[2]
     assert errors[2] < 0.1 * min(errors[:2])
+
+
+def test_what_is_missed_is_not_added_where_it_is_more_than_the_loss(monkeypatch):
+    run = inner.sgd(ridge(), Space(weight_decay=log(0.1)), lr=LR)
+    honest, backward = estimate(run, TRAIN, VAL, 50), krylov_forecast.roll.backward
+    monkeypatch.setattr(krylov_forecast.roll, "backward", lambda *given: backward(*given)._replace(missed=-50.0))
+    found = estimate(run, TRAIN, VAL, 50)
+    assert found.missed == -50.0
+    assert found.outer_loss == pytest.approx(honest.outer_loss - honest.missed)

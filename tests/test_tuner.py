@@ -940,6 +940,14 @@ def test_a_run_under_other_rules_is_refused(tmp_path, other):
         checkpoint.load(path, other())
 
 
+def test_other_shares_are_other_rules(tmp_path):
+    shared = lambda *shares: make(space=Space(lr=log(0.01, shares=shares), momentum=logit(0.8), l2=log(0.1)))
+    path = checkpoint.save(tmp_path / "x.npz", shared(1))
+    assert checkpoint.load(path, shared(1)).state.used == 0
+    with pytest.raises(CheckpointError, match="when it was saved"):
+        checkpoint.load(path, shared(2))
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = checkpoint.save(tmp_path / "x.npz", make())
     before = path.read_bytes()

@@ -49,7 +49,8 @@ def pull(model: Model, noise: Noise, stages: list[tuple[Stage, Array]]) -> Array
     to both sides.
     """
     h, begun = np.zeros(model.space.q), stages[0][0].start.t
-    times = [stage.start.t - begun + max(1, stage.steps // 2) for stage, _ in stages]
+    share = 1 if model.space.scheduled else 2  # of a schedule a stage's end counts: what came before it is half forgotten
+    times = [stage.start.t - begun + max(1, stage.steps // share) for stage, _ in stages]
     weights = np.array([np.linalg.norm(adjoint) * t for (_, adjoint), t in zip(stages, times, strict=True)])
     for (stage, adjoint), t, weight in zip(stages, times, weights, strict=True):
         if weight < NEGLECTED * weights.sum():

@@ -644,6 +644,102 @@ def test_equinox_and_nnx_models_train_as_they_are():
         assert jax.tree.structure(run.unravel(run.params)) == jax.tree.structure(model)
 
 
+ATTENTION = Space(lr=log(0.05), l2=log(0.01))
+
+
+@pytest.mark.parametrize("where", ["state", "batch"])
+def test_equinox_dropout_and_attention_train_with_a_key(where):
+    eqx = pytest.importorskip("equinox")
+
+    class Model(eqx.Module):
+        attention: eqx.nn.MultiheadAttention
+        dropout: eqx.nn.Dropout
+        last: eqx.nn.Linear
+        temperature: float
+
+        def __call__(self, X, key):
+            keys = (None, None) if key is None else jax.random.split(key)
+            hidden = self.dropout(self.attention(X, X, X, key=keys[0]), key=keys[1])
+            return jax.vmap(self.last)(hidden)[:, 0] * self.temperature
+
+    one, two = jax.random.split(jax.random.key(0))
+    attention = eqx.nn.MultiheadAttention(1, 3, dropout_p=0.2, dtype=jnp.float64, key=one)
+    model = Model(attention, eqx.nn.Dropout(0.2), eqx.nn.Linear(3, 1, dtype=jnp.float64, key=two), 2.0)
+
+    def loss(model, hyper, batch, *key):
+        X, y, *own = batch
+        weights = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
+        return jnp.mean((model(X, (*own, *key)[0]) - y) ** 2) + hyper["l2"] * sum(jnp.sum(w**2) for w in weights)
+
+    def val(state, hyper, batch):
+        return jnp.mean((eqx.nn.inference_mode(state.params)(batch[0], None) - batch[1]) ** 2)
+
+    step = adapter.train_step(loss, lambda h: optax.adamw(h["lr"]))
+    state = step.init(model, ATTENTION, key=jax.random.key(1) if where == "state" else None)
+    run = adapter.inner(step, val, state, ATTENTION, params=lambda s: s.params)
+    batches = BATCHES if where == "state" else [(*b, jax.random.key(t)) for t, b in enumerate(BATCHES)]
+    report = check_hypergradient(run, batches, VAL)
+    assert report.error.max() < 1e-7, str(report)
+    run.run(ATTENTION.phi0, batches, VAL)
+    trained = run.unravel(run.params)
+    assert trained.temperature == 2.0
+    assert trained.dropout.inference is False
+    assert type(trained.dropout.p) is float
+    assert run.params.size == sum(x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
+
+
+def test_equinox_batch_norm_trains_with_its_statistics_in_the_state():
+    eqx = pytest.importorskip("equinox")
+    norm = lambda: eqx.nn.BatchNorm(3, axis_name="batch", mode="batch", dtype=jnp.float64)
+    linear = eqx.nn.Linear(3, 1, dtype=jnp.float64, key=jax.random.key(0))
+    model, statistics = eqx.nn.make_with_state(lambda: eqx.nn.Sequential([norm(), linear]))()
+
+    def forward(model, statistics, X):
+        return jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(X, statistics)
+
+    def loss(model, statistics, batch):
+        out, statistics = forward(model, statistics, batch[0])
+        return jnp.mean((out[:, 0] - batch[1]) ** 2), statistics
+
+    def step(state, hyper, batch):
+        train = eqx.filter_value_and_grad(loss, has_aux=True)
+        (value, statistics), g = train(state["model"], state["statistics"], batch)
+        moved = eqx.apply_updates(state["model"], jax.tree.map(lambda g: -hyper["lr"] * g, g))
+        return {"model": moved, "statistics": statistics}, value
+
+    def val(state, hyper, batch):
+        return loss(eqx.nn.inference_mode(state["model"]), state["statistics"], batch)[0]
+
+    space = Space(lr=log(0.05))
+    run = adapter.inner(step, val, {"model": model, "statistics": statistics}, space, params=lambda s: s["model"])
+    report = check_hypergradient(run, BATCHES, VAL)
+    assert report.error.max() < 1e-7, str(report)
+    run.step(space.phi0, BATCHES[0])
+    moved = jax.tree.map(lambda x, y: not np.array_equal(x, y), run.state["statistics"], statistics)
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("optimizer", [lambda h: optax.sgd(h["lr"]), lambda h: optax.adam(h["lr"])], ids=["sgd", "adam"])
+def test_python_numbers_among_the_params_are_constants(optimizer):
+    loss = lambda p, h, b: regression(p, h, b) * p["temperature"] * p["power"] * (2.0 if p["twice"] else 1.0)
+    space = Space(lr=log(0.05))
+    step = adapter.train_step(loss, optimizer)
+    state = step.init({"power": 3, "temperature": 2.0, "twice": True, "w": jnp.ones(3)}, space)
+    run = adapter.inner(step, lambda s, h, b: loss(s.params, h, b), state, space, params=lambda s: s.params)
+    assert check_hypergradient(run, BATCHES, VAL).ok
+    run.run(space.phi0, BATCHES[:5], VAL)
+    assert run.params.size == 3
+    for params in (run.state.params, run.unravel(run.params)):
+        assert (params["power"], params["temperature"], params["twice"]) == (3, 2.0, True)
+
+
+def test_a_bool_that_a_step_changes_is_refused():
+    step = lambda s, h, b: ({"w": s["w"] * h["lr"], "done": s["w"].sum() < 1}, s["w"].sum())
+    run = adapter.inner(step, lambda s, h, b: s["w"].sum(), {"w": np.ones(3), "done": False}, Space(lr=log(0.1)))
+    with pytest.raises(AdapterError, match=r"changes \['done'\], a Python bool.*jnp.asarray\(False\)"):
+        run.step([-2.0], None)
+
+
 # -- linearisation, problem --------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from koopman_hpo.errors import AdapterError, nearest
 
@@ -63,7 +64,7 @@ def _like(before: Any, after: Any) -> Any:
     out = []
     for (path, x), y in zip(was, leaves, strict=True):
         if not hasattr(x, "dtype"):
-            out.append(x)
+            out.append(_unchanged(path, x, y))
             continue
         y = y if hasattr(y, "dtype") else jnp.asarray(y)  # noqa: PLW2901
         if (x.shape, x.dtype) != (y.shape, y.dtype):
@@ -74,6 +75,17 @@ def _like(before: Any, after: Any) -> Any:
             )
         out.append(jax.lax.convert_element_type(y, y.dtype) if real(y) else y)  # a weak type would compile twice
     return jax.tree.unflatten(tree, out)
+
+
+def _unchanged(path: Any, x: Any, y: Any) -> Any:
+    """A constant of the program, or an error if it is a bool or a number that the step has changed."""
+    moved = isinstance(y, jax.core.Tracer) or (y is not x and not np.array_equal(x, y))
+    if moved and isinstance(x, bool | int | float | complex):
+        raise AdapterError(
+            f"jax: train_step changes {jax.tree_util.keystr(path)}, a Python {type(x).__name__}, which is a constant here. "
+            f"Start it as an array, jnp.asarray({x!r}); if nothing changes it, leave out a jax.jit of your own."
+        )
+    return x
 
 
 def scalar(what: str, x: Any) -> Any:

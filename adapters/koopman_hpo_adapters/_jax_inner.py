@@ -23,10 +23,14 @@ from koopman_hpo.space import Space
 from ._jax_compiled import FIXED, Frozen, Lifted, Track, gradient, hessian_products, look, one_step, plain_step, scanned
 from ._jax_contract import expect_function, expect_real
 from ._jax_functions import Carry, Point, init, point
-from ._jax_optax import TrainStep
-from ._jax_tree import is_array, kept, loaded, owned, real, same_form, stacked, stored
+from ._jax_optax import TrainStep, constants
+from ._jax_tree import kept, loaded, owned, real, same_form, stacked, stored
 
 LONGEST = 256  # steps whose batches are put together for one scan: memory does not grow with the run
+
+
+class Place(int):
+    """Where an array stands among all of a state's; a number of the user's own is none."""
 
 
 class Look(NamedTuple):
@@ -56,7 +60,7 @@ def inner(
         space.  A name it never reads has a hypergradient of exactly zero.
       val_loss: `(state, hyper, batch) -> scalar`, the outer loss.
       state: any pytree: parameters, optimizer state, running statistics, integer counters, PRNG keys.  Leaves that are not
-        arrays (an Equinox model's functions) are kept as they are.
+        arrays (functions, bools, and Python numbers among the `params` of a `TrainState`) are constants of the program.
       space: what is tuned.
       params: `state -> subtree`, which part `run.params` and the tangents' norm speak of, `lambda state: state.params`;
         default: all of it.
@@ -89,10 +93,10 @@ class JaxInner:
             if function is not None or name in ("train_step", "val_loss"):
                 expect_function("inner", name, function)
         leaves, tree = jax.tree.flatten(state)
-        constants = tuple(FIXED if is_array(x) or isinstance(x, int | float | complex) else x for x in leaves)
-        arrays = [owned(x) for x, c in zip(leaves, constants, strict=True) if c is FIXED]
+        held = tuple(x if c else FIXED for x, c in zip(leaves, constants(state), strict=True))
+        arrays = [owned(x) for x, c in zip(leaves, held, strict=True) if c is FIXED]
         expect_real(arrays)
-        lift = lambda f: Lifted(f, tree, constants)
+        lift = lambda f: Lifted(f, tree, held)
         loss = train_step.loss_at if loss is None and isinstance(train_step, TrainStep) else loss
         self._train, self._val, self._loss = lift(train_step), lift(val_loss), None if loss is None else lift(loss)
         self.space, self._t, self.phi = space, 0, space.phi0.copy()
@@ -104,12 +108,12 @@ class JaxInner:
 
     def _select(self, params: Callable[[Any], Any] | None) -> tuple[list[int], Callable[[Any], Any]]:
         """Which arrays are the parameters, and how (p,) becomes the user's subtree of them again."""
-        places = self._train.state(range(len(self.carry.state)))
+        places = self._train.state(map(Place, range(len(self.carry.state))))
         part = places if params is None else params(places)
         chosen, tree = jax.tree.flatten(part)
-        known = [isinstance(i, int) and 0 <= i < len(self.carry.state) for i in chosen]
+        known = [isinstance(i, Place) for i in chosen]
         arrays = self.carry.state
-        where = [i for i, k in zip(chosen, known, strict=True) if k and real(arrays[i])]
+        where = [int(i) for i, k in zip(chosen, known, strict=True) if k and real(arrays[i])]
         if not where:
             raise AdapterError(
                 "jax.inner: params must pick a subtree of the state with real leaves, as lambda state: state.params does."

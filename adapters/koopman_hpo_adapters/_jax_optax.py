@@ -11,7 +11,7 @@ import jax
 from koopman_hpo.space import Space
 
 from ._jax_contract import Hyper, expect_function
-from ._jax_tree import put, trainable
+from ._jax_tree import is_array, put, trainable
 
 
 class TrainState(NamedTuple):
@@ -20,6 +20,18 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     key: Any = None  # of dropout and the like; None where there is none
+
+
+def constants(state: Any) -> list[bool]:
+    """Which leaves of a state are constants of the program: what JAX cannot trace, bools, and the numbers among the
+    parameters of a `TrainState`, which its optimizer does not train."""
+    still = lambda x: not is_array(x) and (isinstance(x, bool) or not isinstance(x, int | float | complex))
+    mark = lambda node: (
+        TrainState(jax.tree.map(lambda x: not is_array(x), node.params), *jax.tree.map(still, node[1:]))
+        if isinstance(node, TrainState)
+        else still(node)
+    )
+    return jax.tree.leaves(jax.tree.map(mark, state, is_leaf=lambda node: isinstance(node, TrainState)))
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class TrainStep:
         """The state before the first step.
 
         Args:
-          params: pytree; leaves that are not real arrays (an Equinox model's functions) stay as they are.
+          params: pytree; leaves that are not real arrays (an Equinox model's functions, Python numbers) stay as they are.
           space: what is tuned.  key: a PRNG key if the loss takes one.
         """
         hyper = Hyper(space.at(space.phi0, 0).values)

@@ -740,6 +740,26 @@ def test_a_bool_that_a_step_changes_is_refused():
         run.step([-2.0], None)
 
 
+@pytest.mark.parametrize("tangents", [True, False])
+def test_a_step_may_return_a_plain_number_as_its_loss(tangents):
+    run = adapter.inner(lambda s, h, b: (s * h["lr"], 0.0), lambda s, h, b: s.sum(), jnp.ones(3), Space(lr=log(0.1)))
+    assert run.step(run.space.phi0, None, tangents=tangents) == 0
+    losses, H = run.run(run.space.phi0, [None] * 2, None)
+    assert (losses == 0).all()
+    assert H.shape == (2, 1)
+
+
+def test_a_step_without_jit_leaves_arrays_in_the_state():
+    space = Space(lr=log(0.1))
+    table = np.arange(3.0)
+    step = lambda s, h, b: ({"w": s["w"] * h["lr"], "table": jnp.asarray(table), "n": jnp.asarray(0)}, 0.0)
+    carry = adapter.init({"w": jnp.ones(3), "table": jnp.ones(3), "n": jnp.asarray(1)}, space.q)
+    carry, loss = adapter.step(step, carry, adapter.point(space, space.phi0), None)
+    assert all(isinstance(x, jax.Array) for x in [loss, *jax.tree.leaves(carry)])
+    assert (carry.state["table"] == table).all()
+    assert carry.state["n"].dtype == jnp.int64
+
+
 # -- linearisation, problem --------------------------------------------------------------------------------------------
 
 

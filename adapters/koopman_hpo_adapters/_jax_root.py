@@ -62,4 +62,9 @@ def _evaluate(closed: Any, args: Iterable[Any]) -> list[Any]:
             out = eqn.primitive.bind(*functions, *values, **params)
             out = out if eqn.primitive.multiple_results else [out]
         env.update(zip(eqn.outvars, out, strict=True))
-    return [read(v) for v in closed.jaxpr.outvars]
+    return [_array(read(v), v.aval) for v in closed.jaxpr.outvars]
+
+
+def _array(x: Any, aval: Any) -> Any:
+    """A constant of a traced function is of a type of JAX's own."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x, aval.dtype)

@@ -852,6 +852,7 @@ BAD_STEPS = {
     "got .* of float32. Cast it": lambda s, h, b: ({"w": s["w"].astype(np.float32)}, 0.0),
     r"loss must be a real scalar, got shape \(3,\)": lambda s, h, b: (s, s["w"]),
     r"reads hyper\['momentun'\].*Did you mean 'momentum'": lambda s, h, b: (s, h["momentun"]),
+    r"return \['w'\] as it came, an array, got function": lambda s, h, b: ({"w": sgd}, 0.0),
     "loss must be finite at the initial state, got nan": lambda s, h, b: (s, jnp.nan * s["w"].sum()),
 }
 
@@ -865,6 +866,68 @@ def test_refuses_a_step_that_breaks_the_contract(message, whole_window):
     with pytest.raises(AdapterError, match=message):
         run.run(space.phi0, [None] * 4, None) if whole_window else run.step(space.phi0, None)
     assert all(np.array_equal(before[k], v) for k, v in run.snapshot().items())
+
+
+def test_a_carry_starts_from_numbers_among_the_arrays():
+    space = Space(lr=log(0.1))
+    step = lambda s, h, b: ({"w": s["w"] * h["lr"], "steps": s["steps"] + 1, "sum": s["sum"] + 1}, s["w"].sum())
+    carry, at = adapter.init({"w": np.ones(3), "steps": 0, "sum": 0.0}, space.q), adapter.point(space, space.phi0)
+    assert carry.tangents["sum"].shape == (1,)
+    carry, _ = jax.lax.scan(lambda c, b: adapter.step(step, c, at, b), carry, length=2)
+    assert carry.state["steps"] == carry.state["sum"] == 2
+    with pytest.raises(ShapeError, match=r"jax.init: directions must have shape \(s, 1\), got \(2, 3\)"):
+        adapter.init({"w": np.ones(3)}, 1, np.ones((2, 3)))
+    with pytest.raises(HyperparameterError, match=r"jax.init: q must be a whole number"):
+        adapter.init({"w": np.ones(3)}, space)
+    for leaf, said in ((jnp.tanh, "a PjitFunction"), (False, "a bool"), ("a", "a str")):
+        with pytest.raises(AdapterError, match=rf"jax.init: state\['x'\] is {said}.*equinox.partition.*jax.inner"):
+            adapter.init({"w": np.ones(3), "x": leaf}, 1)
+    state = adapter.train_step(regression, lambda h: optax.sgd(h["lr"])).init({"w": np.ones(3), "scale": 2.0}, space)
+    with pytest.raises(AdapterError, match=r"jax.init: state.params\['scale'\] is a float"):
+        adapter.init(state, 1)
+
+
+def test_refuses_what_is_not_of_its_kind():
+    step, val, space = lambda s, h, b: (s, s["w"].sum()), lambda s, h, b: s["w"].sum(), Space(lr=log(0.1))
+    carry, at = adapter.init({"w": np.ones(3)}, 1), adapter.point(space, space.phi0)
+    with pytest.raises(HyperparameterError, match=r"jax.point: space must be a Space, got dict. Make one"):
+        adapter.point({"lr": 0.1}, space.phi0)
+    for call, function in (("step", step), ("hypergradient", val)):
+        run = getattr(adapter, call)
+        with pytest.raises(AdapterError, match=rf"jax.{call}: carry must be a Carry, got dict. Take jax.init\("):
+            run(function, {"w": np.ones(3)}, at, None)
+        with pytest.raises(AdapterError, match=rf"jax.{call}: at must be a Point, got dict. Take jax.point\("):
+            run(function, carry, {"lr": 0.1}, None)
+        with pytest.raises(AdapterError, match=rf"jax.{call}: .* must be a function, got NoneType"):
+            run(None, carry, at, None)
+
+
+def test_a_made_step_refuses_what_is_not_of_its_kind():
+    space, params = Space(lr=log(0.1)), {"w": jnp.ones(3)}
+    made = adapter.train_step(regression, lambda h: optax.sgd(h["lr"]))
+    with pytest.raises(HyperparameterError, match=r"jax.train_step.init: space must be a Space, got dict"):
+        made.init(params, {"lr": 0.1})
+    for key, got in ((0, "int 0"), ("a", "str 'a'"), (jnp.ones(2), r"shape \(2,\) of float64")):
+        with pytest.raises(AdapterError, match=rf"init: key must be one PRNG key, got {got}. Pass key=jax.random.key\(0\)"):
+            made.init(params, space, key=key)
+    with pytest.raises(AdapterError, match=r"init: params has no real array.*jnp.asarray\(1.0\)"):
+        made.init({"w": 3.0}, space)
+    with pytest.raises(AdapterError, match=r"optimizer must return an optax.GradientTransformation, got NoneType"):
+        adapter.train_step(regression, lambda h: None).init(params, space)
+    with pytest.raises(AdapterError, match="train_step: the state must be a TrainState, got dict"):
+        adapter.inner(made, lambda s, h, b: 0.0, params, space).step(space.phi0, VAL)
+    state = made.init(params, space)
+    for loss, got in (
+        (lambda p, h, b: (regression(p, h, b), p), "got tuple. Return the loss alone"),
+        (lambda p, h, b: None, "got NoneType. Return the loss alone"),
+        (lambda p, h, b: p["w"], r"got shape \(3,\)"),
+    ):
+        val = lambda s, h, b, loss=loss: loss(s.params, h, b)
+        run = adapter.inner(adapter.train_step(loss, made.optimizer), val, state, space)
+        with pytest.raises(AdapterError, match=f"the loss of train_step must be a real scalar, {got}"):
+            run.step(space.phi0, VAL)
+        with pytest.raises(AdapterError, match=f"val_loss must be a real scalar, {got}"):
+            run.hypergradient(VAL)
 
 
 def test_refuses_what_it_cannot_train():

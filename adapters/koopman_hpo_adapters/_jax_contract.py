@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from koopman_hpo.errors import AdapterError, nearest
+from koopman_hpo.errors import AdapterError, HyperparameterError, nearest, short
+from koopman_hpo.space import Space
 
-from ._jax_tree import real
+from ._jax_tree import is_array, real
 
 
 @jax.tree_util.register_pytree_node_class
@@ -36,6 +37,25 @@ class Hyper(dict):
 def expect_function(call: str, name: str, function: Any) -> None:
     if not callable(function):
         raise AdapterError(f"jax.{call}: {name} must be a function, got {type(function).__name__}.")
+
+
+def expect_space(call: str, space: Any) -> None:
+    if not isinstance(space, Space):
+        raise HyperparameterError(
+            f"jax.{call}: space must be a Space, got {type(space).__name__}. Make one: Space(lr=log(1e-3))."
+        )
+
+
+def expect_kind(call: str, name: str, value: Any, kind: type, source: str) -> None:
+    if not isinstance(value, kind):
+        raise AdapterError(f"jax.{call}: {name} must be a {kind.__name__}, got {type(value).__name__}. Take {source}.")
+
+
+def expect_key(key: Any) -> None:
+    typed = is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0
+    if not typed and not (is_array(key) and key.dtype == np.uint32 and key.ndim == 1):
+        got = f"shape {key.shape} of {key.dtype}" if is_array(key) else f"{type(key).__name__} {short(key)}"
+        raise AdapterError(f"jax.train_step.init: key must be one PRNG key, got {got}. Pass key=jax.random.key(0).")
 
 
 def expect_real(arrays: list[Any]) -> None:
@@ -66,9 +86,11 @@ def _like(before: Any, after: Any) -> Any:
         if not hasattr(x, "dtype"):
             out.append(_unchanged(path, x, y))
             continue
+        where = jax.tree_util.keystr(path) or "the state"
+        if not (hasattr(y, "dtype") or isinstance(y, int | float | complex)):
+            raise AdapterError(f"jax: train_step must return {where} as it came, an array, got {type(y).__name__}.")
         y = y if hasattr(y, "dtype") else jnp.asarray(y)  # noqa: PLW2901
         if (x.shape, x.dtype) != (y.shape, y.dtype):
-            where = jax.tree_util.keystr(path) or "the state"
             raise AdapterError(
                 f"jax: train_step must return {where} as it came, {x.shape} of {x.dtype}, got {y.shape} of {y.dtype}. "
                 f"Cast it with .astype(), or start from a state of that shape and dtype."
@@ -89,6 +111,11 @@ def _unchanged(path: Any, x: Any, y: Any) -> Any:
 
 
 def scalar(what: str, x: Any) -> Any:
+    if not (hasattr(x, "dtype") or isinstance(x, int | float | complex)):
+        raise AdapterError(
+            f"jax: {what} must be a real scalar, got {type(x).__name__}. Return the loss alone; whatever else moves with "
+            f"training belongs to the state of a step of your own."
+        )
     if jnp.shape(x) != () or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise AdapterError(
             f"jax: {what} must be a real scalar, got shape {jnp.shape(x)} of {jnp.result_type(x)}. Reduce it with a mean."

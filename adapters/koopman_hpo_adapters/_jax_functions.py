@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from koopman_hpo.checks import whole
+from koopman_hpo.errors import AdapterError, ShapeError
 from koopman_hpo.space import Space
 
-from ._jax_contract import Hyper, checked, scalar
+from ._jax_contract import Hyper, checked, expect_function, expect_kind, expect_space, scalar
+from ._jax_optax import constants
 from ._jax_root import rooted
-from ._jax_tree import join, real, split
+from ._jax_tree import join, owned, real, split
 
 
 class Carry(NamedTuple):
@@ -33,14 +36,29 @@ class Point(NamedTuple):
 
 
 def init(state: Any, q: int, directions: Any = None) -> Carry:
-    """The start: the state, a pytree of arrays, and zero tangents; along q directions, or the rows of `directions` (s, q),
-    random ones whose `D^T D / s` has the identity as its mean."""
+    """The start: the state, a pytree of arrays and numbers, and zero tangents; along q directions, or the rows of
+    `directions` (s, q), random ones whose `D^T D / s` has the identity as its mean.
+
+    Raises:
+      AdapterError: the state has a leaf that is no array: a function, a bool, a number among a `TrainState`'s params.
+    """
+    q = whole("jax.init", "q", q, 0)
+    if directions is not None and (jnp.ndim(directions) != 2 or jnp.shape(directions)[1] != q):
+        raise ShapeError(f"jax.init: directions must have shape (s, {q}), got {jnp.shape(directions)}.")
+    for (path, x), constant in zip(jax.tree_util.tree_leaves_with_path(state), constants(state), strict=True):
+        if constant and not hasattr(x, "dtype"):
+            raise AdapterError(
+                f"jax.init: state{jax.tree_util.keystr(path)} is a {type(x).__name__}, and a carry holds arrays only. Keep "
+                f"it out of the state, in a closure of your step (equinox.partition parts a model), or use jax.inner."
+            )
+    state = jax.tree.map(lambda x: x if hasattr(x, "dtype") else owned(x), state)
     q = q if directions is None else len(directions)
     return Carry(state, jax.tree.map(lambda x: jnp.zeros((q, *x.shape), x.dtype) if real(x) else None, state), directions)
 
 
 def point(space: Space, phi: ArrayLike, t: int = 0, dtype: Any = None) -> Point:
     """Natural values and their derivatives by phi (q,) at inner step t, for `step`; dtype: JAX's own by default."""
+    expect_space("point", space)
     at = space.at(space.check(phi, "jax.point"), t)
     dtype = jnp.zeros(()).dtype if dtype is None else dtype
     cast = lambda values: {name: np.asarray(x, dtype) for name, x in values.items()}
@@ -60,6 +78,8 @@ def step(train_step: Callable[..., Any], carry: Carry, at: Point, batch: Any) ->
     Raises:
       AdapterError: train_step returns another tree, other shapes or dtypes, or a loss that is not a scalar.
     """
+    expect_function("step", "train_step", train_step)
+    _expect_place("step", carry, at)
     floats, rest, tree = split(carry.state)
     Z, structure = jax.tree.flatten(carry.tangents)
 
@@ -79,12 +99,19 @@ def step(train_step: Callable[..., Any], carry: Carry, at: Point, batch: Any) ->
 
 def hypergradient(val_loss: Callable[..., Any], carry: Carry, at: Point, batch: Any) -> tuple[Any, Any]:
     """The outer loss () and its derivative (q,) by phi at the carry; `val_loss` is `(state, hyper, batch) -> scalar`."""
+    expect_function("hypergradient", "val_loss", val_loss)
+    _expect_place("hypergradient", carry, at)
     floats, rest, tree = split(carry.state)
     value_of = lambda floats, hyper: scalar("val_loss", val_loss(join(floats, rest, tree), Hyper(hyper), batch))
     value, (dE, direct) = jax.value_and_grad(value_of, argnums=(0, 1))(floats, at.hyper)
     h = sum(_rows(z, d) for z, d in zip(jax.tree.leaves(carry.tangents), dE, strict=True))
     h = h if carry.directions is None else _project(h, carry.directions) / len(carry.directions)
     return value, h + sum(_rows(at.seeds[name], direct[name]) for name in at.seeds)
+
+
+def _expect_place(call: str, carry: Any, at: Any) -> None:
+    expect_kind(call, "carry", carry, Carry, "jax.init(state, space.q), or what the step before returned")
+    expect_kind(call, "at", at, Point, "jax.point(space, phi)")
 
 
 def _rows(A: Any, a: Any) -> Any:

@@ -21,7 +21,7 @@ from koopman_hpo.problem import Array, Hypergradient, Linearisation
 from koopman_hpo.space import Space
 
 from ._jax_compiled import FIXED, Frozen, Lifted, Track, gradient, hessian_products, look, one_step, plain_step, scanned
-from ._jax_contract import expect_function, expect_real
+from ._jax_contract import expect_function, expect_real, expect_space
 from ._jax_functions import Carry, Point, init, point
 from ._jax_optax import TrainStep, constants
 from ._jax_tree import kept, loaded, owned, real, same_form, stacked, stored
@@ -87,8 +87,7 @@ class JaxInner:
     """
 
     def __init__(self, train_step, val_loss, state, space, *, params=None, loss=None, directions=None, seed=0):
-        if not isinstance(space, Space):
-            raise HyperparameterError(f"jax.inner: space must be a Space, got {type(space).__name__}.")
+        expect_space("inner", space)
         for name, function in (("train_step", train_step), ("val_loss", val_loss), ("params", params), ("loss", loss)):
             if function is not None or name in ("train_step", "val_loss"):
                 expect_function("inner", name, function)
@@ -99,7 +98,8 @@ class JaxInner:
         lift = lambda f: Lifted(f, tree, held)
         loss = train_step.loss_at if loss is None and isinstance(train_step, TrainStep) else loss
         self._train, self._val, self._loss = lift(train_step), lift(val_loss), None if loss is None else lift(loss)
-        self.space, self._t, self.phi = space, 0, space.phi0.copy()
+        self.space: Space = space
+        self._t, self.phi = 0, self.space.phi0.copy()
         self._random = Directions("jax.inner", directions, space.q, seed)
         self._dtype = np.float64 if any(x.dtype == np.float64 for x in arrays) else np.float32
         self.carry = init(arrays, space.q, self._along())

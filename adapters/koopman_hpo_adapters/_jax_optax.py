@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from koopman_hpo.errors import AdapterError
 from koopman_hpo.space import Space
 
-from ._jax_contract import Hyper, expect_function
+from ._jax_contract import Hyper, expect_function, expect_key, expect_kind, expect_space, scalar
 from ._jax_tree import is_array, put, trainable
 
 
@@ -47,15 +48,38 @@ class TrainStep:
         Args:
           params: pytree; leaves that are not real arrays (an Equinox model's functions, Python numbers) stay as they are.
           space: what is tuned.  key: a PRNG key if the loss takes one.
+
+        Raises:
+          HyperparameterError: space is none.
+          AdapterError: params has no real array, key is none, or the optimizer's maker returns something else.
         """
+        expect_space("train_step.init", space)
+        if key is not None:
+            expect_key(key)
+        trained = trainable(params)
+        if not jax.tree.leaves(trained):
+            raise AdapterError(
+                "jax.train_step.init: params has no real array to train. Python numbers in it are constants: make what is "
+                "trained an array, jnp.asarray(1.0)."
+            )
         hyper = Hyper(space.at(space.phi0, 0).values)
-        return TrainState(params, self.optimizer(hyper).init(trainable(params)), key)
+        return TrainState(params, self._optimizer(hyper).init(trained), key)
+
+    def _optimizer(self, hyper: Mapping[str, Any]) -> Any:
+        made = self.optimizer(hyper)
+        if not all(callable(getattr(made, name, None)) for name in ("init", "update")):
+            raise AdapterError(
+                f"jax.train_step: optimizer must return an optax.GradientTransformation, got {type(made).__name__}. Write "
+                f"it as lambda hyper: optax.adam(hyper['lr'])."
+            )
+        return made
 
     def __call__(self, state: TrainState, hyper: Mapping[str, Any], batch: Any) -> tuple[TrainState, Any]:
+        expect_kind("train_step", "the state", state, TrainState, "what init of the step returned")
         params = trainable(state.params)
         value = lambda moved: self.loss_at(state._replace(params=put(moved, state.params)), hyper, batch)
         loss, g = jax.value_and_grad(value)(params)
-        updates, opt_state = self.optimizer(hyper).update(g, state.opt_state, params)
+        updates, opt_state = self._optimizer(hyper).update(g, state.opt_state, params)
         params = jax.tree.map(lambda x, u: (x + u).astype(x.dtype), params, updates)
         key = None if state.key is None else jax.random.split(state.key)[0]
         return TrainState(put(params, state.params), opt_state, key), loss
@@ -63,7 +87,7 @@ class TrainStep:
     def loss_at(self, state: TrainState, hyper: Mapping[str, Any], batch: Any) -> Any:
         """The loss of a state, with the key that its next step uses."""
         key = () if state.key is None else (jax.random.split(state.key)[1],)
-        return self.loss(state.params, hyper, batch, *key)
+        return scalar("the loss of train_step", self.loss(state.params, hyper, batch, *key))
 
 
 def train_step(loss: Callable[..., Any], optimizer: Callable[[Mapping[str, Any]], Any]) -> TrainStep:

@@ -604,7 +604,41 @@ def test_a_schedule_inside_the_step_and_one_in_the_space():
     run = adapter.inner(refused, val, refused.init({"w": jnp.ones(3)}, one), one)
     with pytest.raises(jax.errors.ConcretizationTypeError) as caught:
         run.step(one.phi0, BATCHES[0])
-    assert any("knots" in note for note in caught.value.__notes__)
+    assert sum(" at height 1 and multiply" in note for note in caught.value.__notes__) == 1
+
+
+RISE = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps=4, decay_steps=12, end_value=0.1)
+SCHEDULES = {  # what optax refuses, and the exact way to write it
+    "warmup": (
+        lambda h: optax.warmup_cosine_decay_schedule(0.0, h["lr"], 4, 12, end_value=0.1 * h["lr"]),
+        lambda h: lambda n: h["lr"] * RISE(n),
+        lambda h: optax.warmup_cosine_decay_schedule(0.0, float(h["lr"]), 4, 12, end_value=0.1 * float(h["lr"])),
+    ),
+    "exponential": (
+        lambda h: optax.exponential_decay(h["lr"], 4, decay_rate=h["end"]),
+        lambda h: lambda n: h["lr"] * h["end"] ** (n / 4),
+        lambda h: optax.exponential_decay(float(h["lr"]), 4, decay_rate=float(h["end"])),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_that_optax_refuses_is_exact_as_its_note_writes_it(name):
+    refused, written, plain = SCHEDULES[name]
+    space, val = Space(lr=log(0.05), end=logit(0.5)), lambda s, h, b: regression(s.params, h, b)
+    made = lambda schedule: adapter.train_step(regression, lambda h: optax.adam(schedule(h)))
+    state = made(written).init({"w": jnp.ones(3)}, space)
+    with pytest.raises(jax.errors.ConcretizationTypeError) as caught:
+        adapter.inner(made(refused), val, state, space).run(space.phi0, BATCHES[:2], VAL)
+    assert sum("Hyperparameters are traced" in note for note in caught.value.__notes__) == 1
+    run = adapter.inner(made(written), val, state, space, params=lambda s: s.params)
+    report = check_hypergradient(run, BATCHES, VAL)
+    assert report.error.max() < 1e-7, str(report)
+    run.run(space.phi0, BATCHES, VAL)
+    want = state
+    for batch in BATCHES:
+        want, _ = made(plain)(want, {"lr": 0.05, "end": 0.5}, batch)
+    np.testing.assert_allclose(run.params, want.params["w"], rtol=1e-7)  # optax rounds constants to float32
 
 
 def test_functions_among_the_leaves_stay_what_they_are():

@@ -123,13 +123,20 @@ def scalar(what: str, x: Any) -> Any:
     return jnp.asarray(x)
 
 
+NOTE = (
+    "Hyperparameters are traced arrays here, and some optax schedules want Python numbers.  Build the schedule of "
+    "constants at height 1 and multiply it: lambda n: hyper['lr'] * optax.warmup_cosine_decay_schedule(0.0, 1.0, ...)(n).  "
+    "Where it refuses what shapes it, as exponential_decay its decay_rate, write its formula: lambda n: hyper['lr'] * "
+    "hyper['decay'] ** (n / 100).  Or put the schedule into the space, lr=log([...], knots=[...]), and pass hyper['lr'] to "
+    "the optimizer."
+)
+
+
 @contextmanager
 def advised() -> Iterator[None]:
     try:
         yield
     except jax.errors.ConcretizationTypeError as error:
-        error.add_note(
-            "Hyperparameters are traced arrays here.  Some optax schedules want Python numbers: put the schedule into the "
-            "space instead, lr=log([...], knots=[...]), and pass hyper['lr'] to the optimizer."
-        )
+        if NOTE not in getattr(error, "__notes__", ()):
+            error.add_note(NOTE)
         raise

@@ -100,7 +100,8 @@ def train_step(loss: Callable[..., Any], optimizer: Callable[[Mapping[str, Any]]
       loss: `(params, hyper, batch) -> scalar`, or `(params, hyper, batch, key)` if `init` is given a key: a fresh one a
         step.
       optimizer: `hyper -> optax.GradientTransformation`.  It sees traced values: where an optax schedule refuses them,
-        tune a schedule in the space (`log([...], knots=[...])`) and pass `hyper["lr"]` on.
+        build it of constants at height 1 and multiply, `lambda n: hyper["lr"] * schedule(n)`, or tune a schedule in the
+        space (`log([...], knots=[...])`) and pass `hyper["lr"]` on.
     """
     for name, function in (("loss", loss), ("optimizer", optimizer)):
         expect_function("train_step", name, function)

@@ -57,6 +57,13 @@ class TestProblem(Conformance):
         return adapter.problem(train, val, jnp.asarray(model.params(dtype)))
 
 
+def assert_exact(report):
+    """Finite, not all zero, and within 1e-7 of central differences."""
+    assert np.isfinite(report.forward).all(), str(report)
+    assert report.forward.any(), str(report)
+    assert report.error.max() < 1e-7, str(report)
+
+
 def of_the_readme():
     """The adapter that adapters/README.md writes from nothing."""
     text = (Path(__file__).parent.parent / "adapters" / "README.md").read_text(encoding="utf-8")
@@ -632,13 +639,33 @@ def test_a_schedule_that_optax_refuses_is_exact_as_its_note_writes_it(name):
         adapter.inner(made(refused), val, state, space).run(space.phi0, BATCHES[:2], VAL)
     assert sum("Hyperparameters are traced" in note for note in caught.value.__notes__) == 1
     run = adapter.inner(made(written), val, state, space, params=lambda s: s.params)
-    report = check_hypergradient(run, BATCHES, VAL)
-    assert report.error.max() < 1e-7, str(report)
+    assert_exact(check_hypergradient(run, BATCHES, VAL))
     run.run(space.phi0, BATCHES, VAL)
     want = state
     for batch in BATCHES:
         want, _ = made(plain)(want, {"lr": 0.05, "end": 0.5}, batch)
     np.testing.assert_allclose(run.params, want.params["w"], rtol=1e-7)  # optax rounds constants to float32
+
+
+HELD = {
+    "alone": lambda h: optax.inject_hyperparams(optax.adam)(learning_rate=h["lr"]),
+    "in a chain": lambda h: optax.chain(
+        optax.clip(1.0), optax.apply_if_finite(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1 * h["lr"]), 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_value_held_in_the_optimizers_state_is_refused(name):
+    with pytest.raises(AdapterError, match=r"inject_hyperparams keeps learning_rate in .* itself, as lambda hyper"):
+        adapter.train_step(regression, HELD[name]).init({"w": jnp.ones(3)}, Space(lr=log(0.05)))
+
+
+def test_what_is_injected_as_a_schedule_is_tuned():
+    made = lambda h: optax.inject_hyperparams(optax.adam)(learning_rate=lambda n: h["lr"] / (n + 1.0))
+    space, step = Space(lr=log(0.05)), adapter.train_step(regression, made)
+    run = adapter.inner(step, lambda s, h, b: regression(s.params, h, b), step.init({"w": jnp.ones(3)}, space), space)
+    assert_exact(check_hypergradient(run, BATCHES, VAL))
 
 
 def test_functions_among_the_leaves_stay_what_they_are():
@@ -712,8 +739,7 @@ def test_equinox_dropout_and_attention_train_with_a_key(where):
     state = step.init(model, ATTENTION, key=jax.random.key(1) if where == "state" else None)
     run = adapter.inner(step, val, state, ATTENTION, params=lambda s: s.params)
     batches = BATCHES if where == "state" else [(*b, jax.random.key(t)) for t, b in enumerate(BATCHES)]
-    report = check_hypergradient(run, batches, VAL)
-    assert report.error.max() < 1e-7, str(report)
+    assert_exact(check_hypergradient(run, batches, VAL))
     run.run(ATTENTION.phi0, batches, VAL)
     trained = run.unravel(run.params)
     assert trained.temperature == 2.0
@@ -746,8 +772,7 @@ def test_equinox_batch_norm_trains_with_its_statistics_in_the_state():
 
     space = Space(lr=log(0.05))
     run = adapter.inner(step, val, {"model": model, "statistics": statistics}, space, params=lambda s: s["model"])
-    report = check_hypergradient(run, BATCHES, VAL)
-    assert report.error.max() < 1e-7, str(report)
+    assert_exact(check_hypergradient(run, BATCHES, VAL))
     run.step(space.phi0, BATCHES[0])
     moved = jax.tree.map(lambda x, y: not np.array_equal(x, y), run.state["statistics"], statistics)
     assert all(jax.tree.leaves(moved))

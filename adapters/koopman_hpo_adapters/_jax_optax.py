@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from koopman_hpo.errors import AdapterError
 from koopman_hpo.space import Space
 
-from ._jax_contract import Hyper, expect_function, expect_key, expect_kind, expect_space, scalar
+from ._jax_contract import Hyper, advised, expect_function, expect_key, expect_kind, expect_space, scalar
 from ._jax_tree import is_array, put, trainable
 
 
@@ -35,6 +36,12 @@ def constants(state: Any) -> list[bool]:
     return jax.tree.leaves(jax.tree.map(mark, state, is_leaf=lambda node: isinstance(node, TrainState)))
 
 
+def _injected(opt_state: Any) -> list[Any]:
+    """The states of `optax.inject_hyperparams` in an optimizer's."""
+    known = lambda x: type(x).__name__ in ("InjectHyperparamsState", "InjectStatefulHyperparamsState")
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=known) if known(x)]
+
+
 @dataclass(frozen=True)
 class TrainStep:
     """A training step `(state, hyper, batch) -> (state, loss)`; made by `train_step`."""
@@ -51,7 +58,8 @@ class TrainStep:
 
         Raises:
           HyperparameterError: space is none.
-          AdapterError: params has no real array, key is none, or the optimizer's maker returns something else.
+          AdapterError: params has no real array, key is none, the optimizer's maker returns something else, or
+            `optax.inject_hyperparams` would hold a tuned value still.
         """
         expect_space("train_step.init", space)
         if key is not None:
@@ -63,7 +71,29 @@ class TrainStep:
                 "trained an array, jnp.asarray(1.0)."
             )
         hyper = Hyper(space.at(space.phi0, 0).values)
-        return TrainState(params, self._optimizer(hyper).init(trained), key)
+        opt_state = self._optimizer(hyper).init(trained)
+        if _injected(opt_state):
+            self._expect_none_held(trained, hyper)
+        return TrainState(params, opt_state, key)
+
+    def _expect_none_held(self, trained: Any, hyper: Hyper) -> None:
+        """An error if `optax.inject_hyperparams` keeps a value of `hyper` in its state, where no step reads it again."""
+
+        def values(hyper: Hyper) -> list[dict[str, Any]]:
+            states = _injected(self._optimizer(hyper).init(trained))
+            timed = [getattr(state, "hyperparams_states", {}) for state in states]
+            return [{k: x for k, x in s.hyperparams.items() if k not in t} for s, t in zip(states, timed, strict=True)]
+
+        hyper = jax.tree.map(lambda x: jnp.asarray(x, float), hyper)
+        with advised():
+            _, slopes = jax.jvp(values, (hyper,), (jax.tree.map(jnp.ones_like, hyper),))
+        held = [name for slope in slopes for name, x in slope.items() if x.dtype != jax.dtypes.float0 and (x != 0).any()]
+        if held:
+            raise AdapterError(
+                f"jax.train_step.init: optax.inject_hyperparams keeps {', '.join(held)} in the optimizer's state, as it "
+                f"was at init, so that nothing would be tuned. Pass the traced value to the optimizer itself, as "
+                f"lambda hyper: optax.adam(hyper['lr'])."
+            )
 
     def _optimizer(self, hyper: Mapping[str, Any]) -> Any:
         made = self.optimizer(hyper)

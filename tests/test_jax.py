@@ -33,7 +33,7 @@ optax = pytest.importorskip("optax")
 jax.config.update("jax_enable_x64", True)  # float32 is asked for by name below
 jax.config.update("jax_disable_most_optimizations", True)  # most of the time here is compiling
 import jax.numpy as jnp  # noqa: E402
-from koopman_hpo_adapters import _jax_inner, _jax_tree  # noqa: E402
+from koopman_hpo_adapters import _jax_inner, _jax_root, _jax_tree  # noqa: E402
 from koopman_hpo_adapters import jax as adapter  # noqa: E402
 from koopman_hpo_adapters.conformance import Conformance  # noqa: E402
 from threadpoolctl import threadpool_limits  # noqa: E402
@@ -568,6 +568,58 @@ def test_a_weight_without_gradient_keeps_finite_tangents_under_adam():
     report = check_hypergradient(run, [dead] * 6, VAL)
     assert report.ok, str(report)
     assert np.isfinite(report.forward).all()
+
+
+ADAM = lambda h: optax.adam(h["lr"], b2=h["beta2"])
+WRAPPED = {
+    "multi": lambda h: optax.MultiSteps(ADAM(h), 2, accumulator_dtype=float).gradient_transformation(),
+    "if finite": lambda h: optax.apply_if_finite(ADAM(h), 3),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_weight_without_gradient_keeps_finite_tangents_in_a_branch(name):
+    X, y = BATCHES[0]
+    dead = (X * np.array([1.0, 0.0, 1.0]), y)
+    space = Space(lr=log(0.05), beta2=logit(0.9))
+    step = adapter.train_step(regression, WRAPPED[name])
+    state = step.init({"w": jnp.ones(3)}, space)
+    run = adapter.inner(step, lambda s, h, b: regression(s.params, h, b), state, space, params=lambda s: s.params)
+    assert_exact(check_hypergradient(run, [dead] * 6, VAL))
+
+
+def root_scan(x, n):
+    body = lambda c, a: (c + jnp.sqrt(x) * a, jnp.sqrt(c * a))
+    return jax.lax.scan(body, x, jnp.arange(1.0, 4.0), reverse=True)[1].sum(0)
+
+
+def root_while(x, n):
+    at = lambda c: (c[0] + 1, jnp.sqrt(c[1]) * x + 0.1 * jnp.sqrt(x))
+    return jax.lax.while_loop(lambda c: jnp.sqrt(c[0] * 1.0) < n, at, (0, x))[1]
+
+
+ROOTS = {
+    "scan": root_scan,
+    "while": root_while,
+    "switch": lambda x, n: jax.lax.switch(n, [lambda x: x, lambda x: 2 * x, lambda x: jnp.sqrt(x) * n, jnp.cos], x),
+    "cond in scan": lambda x, n: jax.lax.scan(
+        lambda c, a: (jax.lax.cond(a > 1, jnp.sqrt, lambda c: c * 2.0, c), 0.0), x, jnp.arange(3)
+    )[0],
+    "jit in cond": lambda x, n: jax.lax.cond(n > 1, jax.jit(lambda x: jnp.sqrt(x) + 0.0), lambda x: 0 * x, x),
+}
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_a_root_in_a_body_is_the_same_but_for_its_derivative_at_nothing(name):
+    f = lambda x: ROOTS[name](x, jnp.sum(x > 0))  # 2
+    x, v = jnp.array([0.0, 2.0, 3.0]), jnp.ones(3)
+    want, plain = jax.jvp(f, (x,), (v,))
+    got, slope = jax.jvp(_jax_root.rooted(f), (x,), (v,))
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    np.testing.assert_allclose(slope[1:], plain[1:], rtol=1e-12)
+    assert not np.isfinite(plain[0])
+    assert np.isfinite(slope[0])
+    assert np.array_equal(jax.vmap(jax.jit(_jax_root.rooted(f)))(x[None])[0], got)
 
 
 def test_a_key_in_the_state_gives_fresh_noise_a_step():

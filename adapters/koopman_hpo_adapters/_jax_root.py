@@ -27,7 +27,7 @@ def _root_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
 
 
 def rooted(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f with `_root` for every square root in it, bodies of loops and branches left alone."""
+    """f with `_root` for every square root in it, in the bodies of branches and loops too."""
 
     def run(*args: Any) -> Any:
         closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
@@ -38,11 +38,56 @@ def rooted(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _has_root(jaxpr: Any) -> bool:
-    return any(e.primitive.name == "sqrt" or (_is_call(e) and _has_root(e.params["jaxpr"].jaxpr)) for e in jaxpr.eqns)
+    return any(e.primitive.name == "sqrt" or any(_has_root(b.jaxpr) for b in _bodies(e)) for e in jaxpr.eqns)
 
 
-def _is_call(eqn: Any) -> bool:
-    return eqn.primitive.name in ("jit", "pjit")
+def _bodies(eqn: Any) -> tuple[Any, ...]:
+    """The traced functions within an equation that `_INTO` can go into."""
+    named = {"cond": "branches", "while": "cond_jaxpr body_jaxpr", "closed_call": "call_jaxpr"}
+    if eqn.primitive.name not in _INTO:
+        return ()
+    found = [eqn.params[name] for name in named.get(eqn.primitive.name, "jaxpr").split()]
+    return tuple(found[0]) if eqn.primitive.name == "cond" else tuple(found)
+
+
+def _function(closed: Any) -> Callable[..., list[Any]]:
+    return lambda *args: _evaluate(closed, args)
+
+
+def _call(values: list[Any], params: dict[str, Any], *bodies: Any) -> list[Any]:
+    return _evaluate(bodies[0], values)
+
+
+def _cond(values: list[Any], params: dict[str, Any], *bodies: Any) -> list[Any]:
+    index, *operands = values
+    return jax.lax.switch(index, [_function(b) for b in bodies], *operands)
+
+
+def _scan(values: list[Any], params: dict[str, Any], *bodies: Any) -> list[Any]:
+    n, m = params["num_consts"], params["num_carry"]
+    consts, start, xs = values[:n], values[n : n + m], values[n + m :]
+
+    def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        out = _evaluate(bodies[0], [*consts, *carry, *x])
+        return out[:m], out[m:]
+
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    end, ys = jax.lax.scan(body, start, xs, **options)
+    return [*end, *ys]
+
+
+def _while(values: list[Any], params: dict[str, Any], *bodies: Any) -> list[Any]:
+    n = params["cond_nconsts"]
+    m = n + params["body_nconsts"]
+    test, body = bodies
+    return jax.lax.while_loop(
+        lambda carry: _evaluate(test, [*values[:n], *carry])[0],
+        lambda carry: _evaluate(body, [*values[n:m], *carry]),
+        values[m:],
+    )
+
+
+_INTO = {"jit": _call, "pjit": _call, "closed_call": _call, "cond": _cond, "scan": _scan, "while": _while}
 
 
 def _evaluate(closed: Any, args: Iterable[Any]) -> list[Any]:
@@ -52,10 +97,11 @@ def _evaluate(closed: Any, args: Iterable[Any]) -> list[Any]:
     env.update(zip(closed.jaxpr.invars, args, strict=True))
     for eqn in closed.jaxpr.eqns:
         values = [read(v) for v in eqn.invars]
+        bodies = _bodies(eqn)
         if eqn.primitive.name == "sqrt":
             out = [_root(*values)]
-        elif _is_call(eqn) and _has_root(eqn.params["jaxpr"].jaxpr):
-            out = _evaluate(eqn.params["jaxpr"], values)
+        elif any(_has_root(b.jaxpr) for b in bodies):
+            out = _INTO[eqn.primitive.name](values, eqn.params, *bodies)
         else:
             bound = eqn.primitive.get_bind_params(eqn.params)
             functions, params = bound if isinstance(bound, tuple) else ((), bound)  # a pair in older JAX

@@ -106,8 +106,30 @@ def test_refuses_what_it_cannot_differentiate():
     run = inner.sgd(autograd.problem(train, val, params), Space(lr=log(0.1), weight=log(1.0)))
     with pytest.raises(AdapterError, match=r"reads hyper\['l2'\]"):
         run.step(run.space.phi0, batch)
+    with pytest.raises(AdapterError, match=r"all float32 or all float64, got float32 and float64\. Use"):
+        autograd.problem(train, val, params | {"out": np.ones(4, np.float32)})
     vector = autograd.problem(lambda p, h, b: p, lambda p, h, b: p, np.ones(3))
     with pytest.raises(AdapterError, match=r"train_loss must be a scalar, got shape \(3,\)"):
         inner.sgd(vector, Space(lr=log(0.1))).step([0.0], None)
     with pytest.raises(AdapterError, match="val_loss must be a scalar"):
         vector.outer(vector.params, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda p, h, b: None, "must be a scalar, got NoneType. Return the loss alone"),
+        (lambda p, h, b: (anp.sum(p), p), "must be a scalar, got tuple"),
+        (lambda p, h, b: "much", "must be a scalar, got str"),
+        (lambda p, h, b: anp.sum(p) * (1 + 2j), "must be real, got .*j.* Take its real part"),
+        (lambda p, h, b: 1 + 2j, "must be real, got"),
+    ],
+    ids=["none", "aux", "text", "complex", "constant"],
+)
+def test_a_loss_that_is_no_real_scalar_is_refused(loss, said):
+    model, space = autograd.problem(loss, loss, np.ones(3)), Space(lr=log(0.1))
+    for tangents in (False, True):
+        with pytest.raises(AdapterError, match=f"train_loss {said}"):
+            inner.sgd(model, space).step([0.0], None, tangents=tangents)
+    with pytest.raises(AdapterError, match=f"val_loss {said}"):
+        model.outer(model.params, {}, None)

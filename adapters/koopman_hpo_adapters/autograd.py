@@ -21,11 +21,11 @@ import numpy as np
 try:
     from autograd.core import make_vjp
     from autograd.misc.flatten import flatten
-    from autograd.tracer import getval
+    from autograd.tracer import getval, isbox
 except ImportError as error:
     raise ImportError("koopman_hpo_adapters.autograd needs autograd: pip install 'koopman-hpo[autograd]'.") from error
 
-from koopman_hpo.errors import AdapterError, names, nearest
+from koopman_hpo.errors import AdapterError, names, nearest, short
 from koopman_hpo.problem import Array, Hyper
 
 from ._tree import TreeProblem
@@ -50,13 +50,15 @@ def problem(
       hyper: names that the losses understand; None takes whatever the space names.
 
     Raises:
-      AdapterError: a function is not callable, params hold something else; later: a loss is not a scalar.
+      AdapterError: a function is not callable, params hold something else or two dtypes; later: a loss is not a real
+        scalar.
       ShapeError: params are not finite, or of another dtype.
     """
     for name, function in (("train_loss", train_loss), ("val_loss", val_loss)):
         if not callable(function):
             raise AdapterError(f"autograd.problem: {name} must be a function, got {type(function).__name__}.")
-    lengths = tuple(_lengths(params))
+    leaves = list(_leaves(params))
+    _expect_one_dtype(leaves)
     flat, unravel = flatten(params)
     losses = _Losses(train_loss, val_loss, unravel)
     return TreeProblem(
@@ -64,29 +66,36 @@ def problem(
         grad_jvp=losses.grad_jvp,
         outer=losses.outer,
         hyper=None if hyper is None else frozenset(names("autograd.problem", "hyper", hyper, AdapterError)),
-        segments=lengths,
+        segments=tuple(x.size for x in leaves if x.size),
         outer_hvp=losses.outer_hvp,
         note="exact: reverse over reverse mode in autograd",
         unravel=unravel,
     )
 
 
-def _lengths(params: Any) -> Iterable[int]:
-    """Sizes of the leaves in the order in which `flatten` takes them."""
+def _leaves(params: Any) -> Iterable[Any]:
+    """The leaves in the order in which `flatten` takes them."""
     if isinstance(params, dict):
         for name in sorted(params):
-            yield from _lengths(params[name])
+            yield from _leaves(params[name])
     elif isinstance(params, list | tuple):
         for part in params:
-            yield from _lengths(part)
+            yield from _leaves(part)
     else:
         if not isinstance(params, np.ndarray | np.floating) or params.dtype not in (np.float32, np.float64):
             kind = getattr(params, "dtype", type(params).__name__)
             raise AdapterError(
                 f"autograd.problem: params must be float32 or float64 arrays in tuples, lists or dicts, got {kind}."
             )
-        if params.size:
-            yield params.size
+        yield params
+
+
+def _expect_one_dtype(leaves: list[Any]) -> None:
+    found = sorted({str(x.dtype) for x in leaves})
+    if len(found) > 1:
+        raise AdapterError(
+            f"autograd.problem: params must be all float32 or all float64, got {' and '.join(found)}. Use .astype()."
+        )
 
 
 class _Names(dict):
@@ -136,12 +145,23 @@ class _Losses:
 
         def of(w: Any) -> Any:
             value = loss(self.unravel(w[:p]), _Names(_parts(w[p:], hyper)), batch)
-            if np.shape(getval(value)) != ():
-                shape = np.shape(getval(value))
-                raise AdapterError(f"autograd: {what} must be a scalar, got shape {shape}. Reduce it with a mean.")
+            _expect_scalar(what, getval(value))
             return value
 
         return w, of
+
+
+def _expect_scalar(what: str, value: Any) -> None:
+    while isbox(value):  # a gradient of a gradient: boxes in boxes
+        value = getval(value)
+    number = isinstance(value, np.ndarray | np.generic | int | float | complex)
+    kind = np.asarray(value).dtype.kind if number else "O"
+    if kind == "c":
+        raise AdapterError(f"autograd: {what} must be real, got {short(value)}. Take its real part or its absolute value.")
+    if kind not in "fiub":
+        raise AdapterError(f"autograd: {what} must be a scalar, got {type(value).__name__}. Return the loss alone.")
+    if np.shape(value) != ():
+        raise AdapterError(f"autograd: {what} must be a scalar, got shape {np.shape(value)}. Reduce it with a mean.")
 
 
 def _parts(flat: Any, hyper: Hyper) -> dict[str, Any]:

@@ -720,6 +720,22 @@ def test_what_is_injected_as_a_schedule_is_tuned():
     assert_exact(check_hypergradient(run, BATCHES, VAL))
 
 
+def test_what_a_loss_stops_is_a_constant_and_an_argument_of_its_own_is_not():
+    space = Space(lr=log(0.05), l2=log(0.1))
+    both = lambda w, held, h, b: regression({"w": w}, h, b) + h["l2"] * jnp.sum(w**2 * held**2)
+
+    def step(state, hyper, batch, held):
+        value, g = jax.value_and_grad(lambda w: both(w, held(w, state["w"]), hyper, batch))(state["w"])
+        return {"w": state["w"] - hyper["lr"] * g}, value
+
+    stopped = lambda s, h, b: step(s, h, b, lambda w, now: jax.lax.stop_gradient(w))
+    apart = lambda s, h, b: step(s, h, b, lambda w, now: now)
+    one, two = (adapter.inner(f, regression, {"w": jnp.ones(3)}, space) for f in (stopped, apart))
+    assert not check_hypergradient(one, BATCHES, VAL).ok
+    assert_exact(check_hypergradient(two, BATCHES, VAL))
+    np.testing.assert_allclose(one.run(space.phi0, BATCHES, VAL)[0], two.run(space.phi0, BATCHES, VAL)[0], rtol=1e-12)
+
+
 def test_functions_among_the_leaves_stay_what_they_are():
     model = {"w": jnp.ones(3), "activation": jnp.tanh}
 

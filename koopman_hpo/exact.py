@@ -85,7 +85,7 @@ class HypergradientCheck(NamedTuple):
     forward: Array  # (q,) forward mode
     central: Array  # (q,) central differences, extrapolated
     uncertainty: Array  # (q,) of the differences themselves
-    error: Array  # (q,) |forward - central| relative to the larger of the two
+    error: Array  # (q,) |forward - central| relative to the larger of the two; infinite where one is not a number
     passed: NDArray[np.bool_]  # (q,) within rtol, or within the uncertainty of the differences where that is below |h|
     rtol: float
 
@@ -162,7 +162,7 @@ def check_hypergradient(
     doubt += 4 * eps * max(abs(forward.value), 1e-300) / step
     gap = np.abs(forward.grad - central)
     size = np.maximum(np.abs(forward.grad), np.abs(central))
-    error = np.divide(gap, size, out=np.zeros_like(gap), where=size > 0)
+    error = np.divide(gap, size, out=np.where(np.isnan(gap), np.inf, 0.0), where=size > 0)
     passed = (gap <= rtol * size) | ((gap <= doubt) & (doubt < size))
     return HypergradientCheck(run.space.labels, forward.grad, central, doubt, error, passed, rtol)
 

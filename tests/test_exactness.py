@@ -366,3 +366,13 @@ def test_converged_training_forgets_its_lr():
     H = trajectory(run, [None] * 200, None, every=50)
     assert np.abs(H[-1]).max() < 1e-10
     assert np.abs(H[0]).max() > 1e3 * np.abs(H[-1]).max()
+
+
+def test_a_hypergradient_that_is_no_number_is_in_error():
+    """An error of nothing would look like agreement."""
+    base = toys.logistic(np.zeros(5))
+    outer = lambda theta, hyper, batch: (*base.outer(theta, hyper, batch)[:1], np.full_like(theta, np.nan), {})
+    problem = Problem(base.params, base.grad_jvp, outer, hyper=base.hyper)
+    report = check_hypergradient(inner.sgd(problem, Space(lr=log(0.1), l2=log(0.1))), toys.batches(2, 4), toys.data(9))
+    assert np.isinf(report.error).all()
+    assert not report.ok

@@ -92,9 +92,10 @@ def test_each_part_of_the_suite_finds_what_it_looks_for(test):
         getattr(WRONG[test](), test)()
 
 
-@pytest.mark.parametrize("name", ["jax", "autograd"])
+@pytest.mark.parametrize("name", ["jax", "autograd", "torch", "plot"])
 def test_a_missing_framework_says_which_extra_to_install(name):
-    code = f"import sys; sys.modules[{name!r}] = None; import koopman_hpo; import koopman_hpo_adapters.{name}"
+    package = "matplotlib" if name == "plot" else name
+    code = f"import sys; sys.modules[{package!r}] = None; import koopman_hpo; import koopman_hpo_adapters.{name}"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert f"koopman_hpo_adapters.{name} needs" in found.stderr
     assert f"pip install 'koopman-hpo[{name}]'" in found.stderr.splitlines()[-1]

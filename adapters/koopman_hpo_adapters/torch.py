@@ -16,7 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("koopman_hpo_adapters.torch needs PyTorch: pip install 'koopman-hpo[torch]'.") from error
 
 from koopman_hpo import Guard, Hypergradient, Tuner, checkpoint
 from koopman_hpo.errors import AdapterError

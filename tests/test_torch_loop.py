@@ -1270,6 +1270,54 @@ def test_a_run_cannot_be_copied_away_from_its_model():
         copy.deepcopy(hopt)
 
 
+class Scaled(nn.Module):
+    """A linear model times a parameter of no dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(5, 3), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.scale * self.linear(x)
+
+
+def test_a_parameter_of_no_dimensions_agrees_with_differences():
+    def run(scale):
+        torch.manual_seed(1)
+        model = Scaled().to(WIDE)
+        hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1 * scale, momentum=0.5), tune=("lr",))
+        for _ in range(4):
+            hopt.step(loss_of(model))
+        return hopt.hypergradient()
+
+    np.testing.assert_allclose(run(1.0).grad[0], differences(lambda scale: run(scale).value), rtol=1e-8)
+
+
+def test_a_loss_that_is_a_leaf_or_complex_is_refused():
+    model = Scaled().to(WIDE)
+    hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",))
+    before = hopt.tuner.inner.params
+    bad(lambda: hopt.step(model.scale), "HyperOptimizer.step: needs a scalar loss.*without a graph")
+    bad(lambda: hopt.step(lambda: model.scale), "HyperOptimizer.step: needs a scalar loss.*without a graph")
+    bad(lambda: hopt.accumulate(model.scale), "HyperOptimizer.accumulate: needs a scalar loss.*without a graph")
+    bad(lambda: hopt.step(loss_of(model).to(torch.complex128)), "needs a scalar loss.*complex128")
+    assert np.array_equal(hopt.tuner.inner.params, before)
+
+
+def test_a_state_is_of_one_clip_norm():
+    def build(**settings):
+        model = mlp()
+        hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",), **settings)
+        hopt.step(loss_of(model))
+        return hopt
+
+    state = build(clip_norm=1.0).state_dict()
+    build(clip_norm=1.0).load_state_dict(state)
+    for other in ({}, {"clip_norm": 2.0}):
+        with pytest.raises(CheckpointError, match="clip_norm"):
+            build(**other).load_state_dict(state)
+
+
 # -- the model-based operator ------------------------------------------------------------------------------------------
 
 

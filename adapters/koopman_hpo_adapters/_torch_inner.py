@@ -79,6 +79,10 @@ class TorchInner(CoreInner):
             raise AdapterError("HyperOptimizer.step: the tuner was moved from outside. Resume with HyperOptimizer.load().")
 
     @property
+    def settings(self) -> str:
+        return super().settings + ("" if self._clip is None else f", clip_norm={self._clip}")
+
+    @property
     def beside(self) -> str:
         if self._clip is not None:
             return "clip_norm"

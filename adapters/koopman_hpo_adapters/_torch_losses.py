@@ -334,7 +334,9 @@ def _natural(h: torch.Tensor) -> Array:
 
 def scalar(call: str, loss: Any) -> torch.Tensor:
     """The loss as a tensor of no dimensions, or an error."""
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        what = f"{tuple(loss.shape)} without a graph" if isinstance(loss, torch.Tensor) else type(loss).__name__
+    fits = isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.is_floating_point()
+    if not fits or loss.grad_fn is None:
+        graph = " without a graph" if isinstance(loss, torch.Tensor) and loss.grad_fn is None else ""
+        what = f"{tuple(loss.shape)} of {loss.dtype}{graph}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise AdapterError(f"{call}: needs a scalar loss tensor with its graph, got {what}. Do not call backward or item.")
     return loss if loss.dim() == 0 else loss.reshape(())

@@ -39,7 +39,7 @@ class Buffer:
 def cut(flat: torch.Tensor, shapes: list[torch.Size]) -> list[torch.Tensor]:
     """Views (..., *shape) of flat (..., p)."""
     parts = flat.split([s.numel() for s in shapes], dim=-1)
-    return [part.view(*flat.shape[:-1], *s) for part, s in zip(parts, shapes, strict=True)]
+    return [part.view((*flat.shape[:-1], *s)) for part, s in zip(parts, shapes, strict=True)]
 
 
 class Memory:

@@ -1318,6 +1318,19 @@ def test_a_state_is_of_one_clip_norm():
             build(**other).load_state_dict(state)
 
 
+def test_a_loss_of_another_model_is_refused():
+    model, other = mlp(), mlp(2)
+    hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5), tune=("lr",))
+    hopt.step(loss_of(model))
+    before = hopt.tuner.inner.params
+    bad(lambda: hopt.step(loss_of(other)), "HyperOptimizer.step: the loss depends on no parameter")
+    bad(lambda: hopt.step(lambda: loss_of(other)), "HyperOptimizer.step: the loss depends on no parameter")
+    assert np.array_equal(hopt.tuner.inner.params, before)
+    assert hopt.tuner.used == 1
+    hopt.accumulate(loss_of(other))
+    hopt.step(loss_of(model))  # the sum depends on them
+
+
 # -- the model-based operator ------------------------------------------------------------------------------------------
 
 

@@ -212,6 +212,11 @@ class TorchInner(CoreInner):
         part = part if batch is None else _sum(self._part, part)
         if not all(part.used):
             self.losses.check_module()
+        if not any(part.used):
+            raise AdapterError(
+                "HyperOptimizer.step: the loss depends on no parameter that the optimizer trains, so nothing would be "
+                "learnt. Compute it with the model whose parameters were given to the optimizer."
+            )
         self._used = list(part.used)
         if self._clip is not None:
             clipped(*part.room.flat, self._clip)

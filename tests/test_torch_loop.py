@@ -1331,6 +1331,24 @@ def test_a_loss_of_another_model_is_refused():
     hopt.step(loss_of(model))  # the sum depends on them
 
 
+def test_a_scaled_loss_of_a_function_and_a_mean_of_scaled_losses_are_refused():
+    model = mlp()
+    hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",))
+    scaler = torch.amp.GradScaler("cpu")
+    each = lambda: F.cross_entropy(model(X), Y, reduction="none")
+    before = hopt.tuner.inner.params
+    bad(lambda: hopt.step(lambda: scaler.scale(loss_of(model))), "GradScaler")
+    bad(lambda: hopt.accumulate(lambda: scaler.scale(loss_of(model))), "GradScaler")
+    for reduce in (torch.mean, torch.sum, lambda t: t.mean(0), lambda t: t.sum(0) / 12):
+        bad(lambda reduce=reduce: hopt.step(reduce(scaler.scale(each()))), "GradScaler")
+    assert np.array_equal(hopt.tuner.inner.params, before)
+    loss = loss_of(model) * torch.tensor(2.0)
+    loss.backward()
+    model.zero_grad()
+    bad(lambda: hopt.step(loss), "used already")
+    hopt.step(lambda: each().mean())
+
+
 # -- the model-based operator ------------------------------------------------------------------------------------------
 
 

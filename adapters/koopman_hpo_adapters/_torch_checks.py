@@ -58,17 +58,29 @@ def mode(call: str, value: Any) -> None:
         )
 
 
+_PRODUCTS, _SUMS = ("MulBackward0", "DivBackward0"), ("MeanBackward0", "MeanBackward1", "SumBackward0", "SumBackward1")
+
+
 class Scales:
-    """Finds the mark of a `GradScaler` on a loss: a product with its scale, perhaps divided by a number after."""
+    """Finds the mark of a `GradScaler` on a loss: a product with its scale, perhaps averaged or divided after."""
 
     def __init__(self) -> None:
         self._asked = 0
         self._scalers: list[weakref.ref[torch.amp.GradScaler]] = []
 
+    def asked(self, loss: Any) -> Any:
+        """The loss of a step, from the function that makes it where there is one."""
+        if isinstance(loss, torch.Tensor) or not callable(loss):
+            return loss
+        made = loss()
+        if isinstance(made, torch.Tensor):
+            self.refuse("HyperOptimizer.step", made)
+        return made
+
     def refuse(self, call: str, loss: torch.Tensor) -> None:
         node = loss.grad_fn
-        while node is not None and node.name() in ("MulBackward0", "DivBackward0"):
-            factor = getattr(node, "_saved_other", None)
+        while node is not None and node.name() in _PRODUCTS + _SUMS:
+            factor = _factor(node)
             if isinstance(factor, torch.Tensor) and factor.dim() == 0 and factor.dtype is torch.float32:
                 self._look(call, factor)  # a Python number is float64 or int64
             node = next((n for n, _ in node.next_functions if n is not None), None)
@@ -84,3 +96,11 @@ class Scales:
                     f"{call}: the loss was scaled by a GradScaler, which would have to unscale a gradient that is not "
                     f"there. Pass the loss itself; use autocast with bfloat16, which needs no scaling."
                 )
+
+
+def _factor(node: Any) -> Any:
+    """What a product multiplies by, if it is kept; a graph that was used keeps nothing."""
+    try:
+        return getattr(node, "_saved_other", None)
+    except RuntimeError:
+        return None

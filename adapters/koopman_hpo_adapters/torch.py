@@ -77,10 +77,6 @@ def inner(
     return _wrap("inner", opt, tune, source, clip_norm, settings)
 
 
-def _of_step(loss: Loss) -> torch.Tensor:
-    return loss() if callable(loss) and not isinstance(loss, torch.Tensor) else loss
-
-
 class HyperOptimizer:
     """Wraps one of torch's optimizers and tunes its hyperparameters while the model trains.
 
@@ -130,7 +126,8 @@ class HyperOptimizer:
         checks.mode(_CALL, settings.pop("mode", None))
         self._scales = checks.Scales()
         call_val = val_loss if not callable(val_loss) else lambda _: val_loss()
-        source = Source(_of_step, call_val, lambda batch: not isinstance(batch, torch.Tensor), model, tuple(generators))
+        again = lambda batch: not isinstance(batch, torch.Tensor)
+        source = Source(self._scales.asked, call_val, again, model, tuple(generators))
         more = {"directions": directions, "chunk": chunk, "seed": seed, "tangents": tangents}
         self.opt, self._val_loss = opt, val_loss
         self._inner = _wrap(_CALL, opt, tune, source, clip_norm, more)

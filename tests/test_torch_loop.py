@@ -1349,6 +1349,24 @@ def test_a_scaled_loss_of_a_function_and_a_mean_of_scaled_losses_are_refused():
     hopt.step(lambda: each().mean())
 
 
+@pytest.mark.parametrize("through", [lambda w: w, lambda w: w.data])
+def test_a_loss_hyperparameter_written_to_is_noticed(through):
+    model, weights = mlp(), torch.ones(3, dtype=WIDE)
+    hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune={"lr": log, "weights": weights})
+    loss = lambda: weights[Y] @ F.cross_entropy(model(X), Y, reduction="none")
+    for _ in range(2):
+        hopt.step(loss())
+    with torch.no_grad():
+        through(weights).fill_(5.0)
+    before = hopt.tuner.inner.params
+    for call in (hopt.step, hopt.accumulate):
+        bad(lambda call=call: call(loss()), "the tensor of weights was written to")
+    assert np.array_equal(hopt.tuner.inner.params, before)
+    hopt.load_state_dict(hopt.state_dict())
+    assert weights.tolist() == [1.0, 1.0, 1.0]
+    hopt.step(loss())
+
+
 # -- the model-based operator ------------------------------------------------------------------------------------------
 
 

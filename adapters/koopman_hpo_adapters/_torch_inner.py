@@ -75,6 +75,7 @@ class TorchInner(CoreInner):
     def check(self, phi: Array) -> None:
         """Raise where model, optimizer or tuner were changed behind our back."""
         self.memory.check()
+        self.losses.check_hyper()
         if self._key != self._shown_at(phi):
             raise AdapterError("HyperOptimizer.step: the tuner was moved from outside. Resume with HyperOptimizer.load().")
 
@@ -149,6 +150,7 @@ class TorchInner(CoreInner):
         self._part = None
         self.losses.graph.settle()
         self.memory.touched(self._t)
+        self._key = (b"", 0)  # the loss hyperparameters, too
         self.show(self.phi)
 
     def _like(self) -> dict[str, NDArray]:

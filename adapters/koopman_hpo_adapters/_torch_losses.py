@@ -97,8 +97,9 @@ class Losses:
             b.data.copy_(kept)  # not b itself: a graph that holds it would be refused by backward
 
     def restore(self, random: list[torch.Tensor], arrays: Mapping[str, torch.Tensor]) -> None:
-        """Random states and buffers of a snapshot."""
+        """Random states and buffers of a snapshot; the loss hyperparameters are to be set anew."""
         self.back_to(World(random, [arrays[f"buffer/{name}"] for name in self.buffers()]))
+        self._written.clear()  # whatever the user wrote
 
     def set_hyper(self, values: Mapping[str, Any]) -> None:
         """Write the loss hyperparameters' natural values, where they are others."""
@@ -108,6 +109,18 @@ class Losses:
                 with torch.no_grad():
                     h.copy_(value, non_blocking=True)
                 self._written[name] = key, h._version
+
+    def check_hyper(self) -> None:
+        """Raise where a loss hyperparameter was written to or frozen; on a card its values are not read."""
+        for name, h in self.hyper.items():
+            key, version = self._written[name]
+            read = h.device.type == "cpu" and h.detach().numpy().tobytes() != key
+            if h._version != version or read or not h.requires_grad:
+                raise AdapterError(
+                    f"{_CALL}.step: the tensor of {name} was written to or frozen from outside, but its value is the "
+                    f"tuner's. Give its start before wrapping: tune={{{name!r}: tensor}}. To go on with the tuner's value, "
+                    f"call load_state_dict(state_dict())."
+                )
 
     @contextmanager
     def hyper_at(self, values: Mapping[str, Any]) -> Iterator[None]:

@@ -10,6 +10,7 @@ import torch
 from koopman_hpo_adapters import torch as kt
 from koopman_hpo_adapters.torch import HyperOptimizer
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint as checkpointing
 
 from koopman_hpo import (
@@ -1365,6 +1366,41 @@ def test_a_loss_hyperparameter_written_to_is_noticed(through):
     hopt.load_state_dict(hopt.state_dict())
     assert weights.tolist() == [1.0, 1.0, 1.0]
     hopt.step(loss())
+
+
+class Drops(nn.Module):
+    """A layer that draws random numbers in training, on six features."""
+
+    def __init__(self, kind):
+        super().__init__()
+        made = {
+            "attention": lambda: nn.MultiheadAttention(6, 2, dropout=0.2, batch_first=True),
+            "lstm": lambda: nn.LSTM(6, 6, 2, dropout=0.2, batch_first=True),
+            "gru": lambda: nn.GRU(6, 6, 2, dropout=0.2, batch_first=True),
+            "rrelu": nn.RReLU,
+            "dropout": lambda: nn.Dropout(0.2),
+        }
+        self.one, self.layer, self.two = nn.Linear(5, 6), made[kind](), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.one(x)
+        if isinstance(self.layer, nn.MultiheadAttention):
+            return self.two(self.layer(x[:, None], x[:, None], x[:, None])[0][:, 0])
+        if isinstance(self.layer, nn.RNNBase):
+            return self.two(self.layer(x[:, None])[0][:, 0])
+        return self.two(self.layer(x))
+
+
+@pytest.mark.parametrize("kind", ["attention", "lstm", "gru", "rrelu", "dropout"])
+def test_val_loss_must_evaluate_whatever_draws_random_numbers(kind):
+    model = Drops(kind).to(WIDE)
+    hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",), val_loss=lambda: loss_of(model, 0.5))
+    before = hopt.tuner.inner.params
+    bad(lambda: hopt.step(loss_of(model)), f"val_loss runs {type(model.layer).__name__} in training mode")
+    assert np.array_equal(hopt.tuner.inner.params, before)
+    model.eval()
+    with sdpa_kernel(SDPBackend.MATH):
+        hopt.step(loss_of(model))
 
 
 # -- the model-based operator ------------------------------------------------------------------------------------------

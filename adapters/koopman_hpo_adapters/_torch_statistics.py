@@ -283,14 +283,22 @@ class _Hook:
         return _Hook, ()
 
 
+def _random(module: Any) -> bool:
+    """Whether it draws random numbers in training mode, and none in evaluation."""
+    if isinstance(module, torch.nn.RNNBase):
+        return module.dropout > 0 and module.num_layers > 1
+    if isinstance(module, torch.nn.MultiheadAttention):
+        return module.dropout > 0
+    return isinstance(module, torch.nn.RReLU) or (isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0)
+
+
 @contextmanager
 def strict(layers: Sequence[Any]) -> Iterator[None]:
     """Within, a layer that acts differently in training must not be in training mode, nor unknown running statistics."""
 
     def look(module: Any, args: Any) -> None:
-        random = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
         running = isinstance(module, _BatchNorm) and module.running_mean is not None
-        if (random or running) and module.training:
+        if (running or _random(module)) and module.training:
             raise AdapterError(
                 f"HyperOptimizer: val_loss runs {type(module).__name__} in training mode. Call model.eval() in it, "
                 f"and model.train() after."

@@ -1403,6 +1403,29 @@ def test_val_loss_must_evaluate_whatever_draws_random_numbers(kind):
         hopt.step(loss_of(model))
 
 
+@pytest.mark.parametrize("kind", ["attention", "lstm", "rrelu", "dropout"])
+def test_a_model_not_given_that_val_loss_leaves_evaluating_is_warned_of_once(kind):
+    def run(leaves, **settings):
+        model = Drops(kind).to(WIDE)
+
+        def val_loss():
+            loss = loss_of(model.eval(), 0.5)
+            model.train(not leaves)
+            return loss
+
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        hopt = wrap(model, opt, tune=("lr",), val_loss=val_loss, window=2, **settings)
+        with sdpa_kernel(SDPBackend.MATH):
+            for _ in range(6):
+                hopt.step(loss_of(model))
+
+    with pytest.warns(UserWarning, match="leaves .* in evaluation mode.*Pass model=.*model.train") as told:
+        run(True, model=None)
+    assert len(told) == 1
+    run(False, model=None)  # warnings are errors here
+    run(True)
+
+
 # -- the model-based operator ------------------------------------------------------------------------------------------
 
 

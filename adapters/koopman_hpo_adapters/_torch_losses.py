@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -299,17 +300,23 @@ class Losses:
         modules = [] if self._source.module is None else list(self._source.module.modules())
         modes, versions = [m.training for m in modules], [b._version for b in self.buffers().values()]
         try:
-            with torch.enable_grad(), nullcontext() if self._looked else strict(self.statistics.layers):
+            with torch.enable_grad(), self._strict() as quiet:
                 loss = scalar(f"{_CALL}: val_loss", self._source.val(batch))
             if versions != [b._version for b in self.buffers().values()]:
                 raise AdapterError(
                     f"{_CALL}: val_loss changed the model's buffers. Call model.eval() in it, train() after."
                 )
             self._looked = True
+            if self._source.module is None:
+                _left(quiet)
             yield loss
         finally:
             for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
+
+    def _strict(self) -> AbstractContextManager[list[Any]]:
+        """Looks at the layers of val_loss, the first time."""
+        return nullcontext([]) if self._looked else strict(self.statistics.layers)
 
     def outer_hvp(self, theta: Array, hyper: Mapping[str, Any], V: Array, batch: Any) -> Array:
         """(n, p) Hessian of the outer loss at theta times each row of V (n, p)."""
@@ -327,6 +334,18 @@ class Losses:
     def _outer_at(self, theta: Array, hyper: Mapping[str, Any], batch: Any) -> Array:
         with self.elsewhere(theta, hyper, True):
             return self.outer(batch)[1]
+
+
+def _left(quiet: Sequence[torch.nn.Module]) -> None:
+    """Warn where val_loss has left layers in evaluation mode, which nobody puts back."""
+    names = sorted({type(m).__name__ for m in quiet if not m.training})
+    if names:
+        warnings.warn(
+            f"{_CALL}: val_loss leaves {', '.join(names)} in evaluation mode, so that training goes on without its random "
+            f"numbers. Pass model=..., whose modes are put back, or call model.train() at the end of val_loss.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _value(value: Any, h: torch.Tensor) -> torch.Tensor:

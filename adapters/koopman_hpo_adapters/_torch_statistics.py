@@ -293,8 +293,12 @@ def _random(module: Any) -> bool:
 
 
 @contextmanager
-def strict(layers: Sequence[Any]) -> Iterator[None]:
-    """Within, a layer that acts differently in training must not be in training mode, nor unknown running statistics."""
+def strict(layers: Sequence[Any]) -> Iterator[list[Any]]:
+    """Within, a layer that acts differently in training must not be in training mode, nor unknown running statistics.
+
+    Yields the layers that ran in evaluation mode and draw random numbers in training.
+    """
+    quiet: list[Any] = []
 
     def look(module: Any, args: Any) -> None:
         running = isinstance(module, _BatchNorm) and module.running_mean is not None
@@ -308,9 +312,11 @@ def strict(layers: Sequence[Any]) -> Iterator[None]:
                 "HyperOptimizer: val_loss depends on running statistics of a BatchNorm layer. Pass model=... so that "
                 "they are carried along."
             )
+        if _random(module):
+            quiet.append(module)
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
     try:
-        yield
+        yield quiet
     finally:
         handle.remove()

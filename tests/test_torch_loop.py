@@ -747,7 +747,7 @@ def test_tune_takes_names_dicts_lists_and_spaces():
     assert space({"lr": box_of_lr, "momentum": None}).transforms == ("box(0.01, 2.0)",) * 2 + ("logit",)
     assert space({"momentum": [0, 1]}).labels == ("momentum[0]", "momentum[1]")
     assert space({"lr": log([0.1, 0.01], knots=(0, 9))}).labels == ("lr@0", "lr@9")
-    per = space([{"lr": log(0.2), "momentum": logit}, {"lr": log(0.5, bounds=(0.01, 1)), "momentum": logit}])
+    per = space([{"lr": log(lr, bounds=(0.01, 1)), "momentum": logit} for lr in (0.2, 0.5)])
     assert per["lr"].value.tolist() == [0.2, 0.5]
     assert per["momentum"].value.tolist() == [0.9, 0.9]
     knots = space([{"lr": log([0.2, 0.1], knots=(0, 5))}, {"lr": log([0.5, 0.4], knots=(0, 5))}])
@@ -1424,6 +1424,15 @@ def test_a_model_not_given_that_val_loss_leaves_evaluating_is_warned_of_once(kin
     assert len(told) == 1
     run(False, model=None)  # warnings are errors here
     run(True)
+
+
+def test_bounds_are_the_same_in_all_param_groups():
+    make = lambda *each: wrap(m := mlp(), two_groups(m), tune=[{"lr": h} for h in each]).tuner.inner.space["lr"]
+    said = r"lr must have the same bounds in all param groups, got \[\(1e-10, 10000.0\), \(0.001, 1.0\)\]"
+    bad(lambda: make(log(0.1), log(0.3, bounds=(1e-3, 1.0))), said)
+    bad(lambda: make(log(0.1, bounds=(0.1, 1.0)), log(0.3, bounds=(0.1, 2.0))), "same bounds")
+    assert make(log(0.1, bounds=(1e-3, 1.0)), log(0.3, bounds=(1e-3, 1.0))).bounds == (1e-3, 1.0)
+    assert make(log(1e-12), log(0.3)).bounds == (1e-12, 1e4)  # the default ones, widened to admit the starts
 
 
 # -- the model-based operator ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from koopman_hpo.optimizers import Rule
 
 _TRANSFORMS = {"lr": log, "weight_decay": log, "eps": log, "momentum": logit, "beta1": logit, "beta2": logit}
 _TRANSFORMS |= {"alpha": logit, "dampening": logit, "lr_decay": log}
+_MAKE: dict[str, Any] = {"log": log, "logit": logit, "identity": identity}
 _REFUSED = ("maximize", "amsgrad", "capturable", "differentiable", "fused", "foreach")
 _CALL = "HyperOptimizer"
 
@@ -161,9 +162,23 @@ def _by_group(tune: Sequence[Any], groups: list[dict[str, Any]], rule: Rule) -> 
         each = [_entry(name, t[name], [g], rule, {}) for t, g in zip(tune, groups, strict=True)]
         if len({(h.transform, h.knots, h.schedule, h.factors, h.groups) for h in each}) > 1 or each[0].groups:
             raise HyperparameterError(f"{_CALL}: {name} must be one value a group, of one transform and schedule in all.")
-        bounds = (min(h.bounds[0] for h in each), max(h.bounds[1] for h in each))
-        entries[name] = replace(each[0], value=np.stack([h.value for h in each], axis=-1), bounds=bounds)
+        value = np.stack([h.value for h in each], axis=-1)
+        entries[name] = replace(each[0], value=value, bounds=_shared(name, each))
     return entries
+
+
+def _shared(name: str, each: Sequence[Hyperparameter]) -> tuple[float, float]:
+    """The bounds of all groups; the default ones, that a start has widened, admit all starts."""
+    bounds = {h.bounds for h in each}
+    make = _MAKE.get(each[0].transform.name)
+    low, high = each[0].bounds if make is None else make(0.5).bounds  # a box has those of its transform
+    default = {(min(low, h.value.min()), max(high, h.value.max())) for h in each}
+    if len(bounds) > 1 and not bounds <= default:
+        raise HyperparameterError(
+            f"{_CALL}: {name} must have the same bounds in all param groups, got {[h.bounds for h in each]}. Give each "
+            f"group the same: log(0.1, bounds=(1e-3, 1.0))."
+        )
+    return min(b[0] for b in bounds), max(b[1] for b in bounds)
 
 
 def _known(entries: Mapping[str, Any], owned: Mapping[str, Any], rule: Rule) -> None:

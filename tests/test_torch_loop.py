@@ -1435,6 +1435,24 @@ def test_bounds_are_the_same_in_all_param_groups():
     assert make(log(1e-12), log(0.3)).bounds == (1e-12, 1e4)  # the default ones, widened to admit the starts
 
 
+def test_wrong_inputs_are_refused_in_words():
+    model, weights = mlp(), torch.ones(3, dtype=WIDE)
+    make = lambda opt=None, **more: wrap(
+        model, opt or torch.optim.SGD(model.parameters(), lr=0.1), **{"tune": ("lr",)} | more
+    )
+    loss = lambda batch: loss_of(model)
+    said = "the first argument must be a torch.optim.Optimizer, got Sequential. Make one"
+    bad(lambda: make(model), f"HyperOptimizer: {said}")
+    bad(lambda: kt.inner(model, loss, loss, ("lr",)), f"inner: {said}")
+    for chunk in (-1, 1.5, "a", 0):
+        bad(lambda chunk=chunk: make(chunk=chunk), f"HyperOptimizer: chunk must be .*got {chunk!r}")
+    for given in (5, torch.Generator(), None):
+        bad(lambda given=given: make(generators=given), "HyperOptimizer: generators must be a list of .*, got")
+    bad(lambda: make(tune={"lr": log, "w": (weights, "log")}), r"tune\['w'\] must be .*got 'log' for a transform")
+    assert not weights.requires_grad
+    make(chunk=2, generators=[torch.Generator()], tune={"lr": log, "w": (weights, log)})
+
+
 # -- the model-based operator ------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,27 @@ _PLACES = ("cpu", "cuda")
 _DTYPES = (torch.float32, torch.float64)
 
 
-def wrapping(call: str, opt: Any, losses: dict[str, Any], module: Any, clip_norm: Any, generators: Any) -> None:
+def optimizer(call: str, opt: Any) -> None:
+    """Before anything is read from it."""
+    if not isinstance(opt, torch.optim.Optimizer):
+        raise AdapterError(
+            f"{call}: the first argument must be a torch.optim.Optimizer, got {type(opt).__name__}. Make one of the "
+            f"model's parameters: {call}(torch.optim.SGD(model.parameters(), lr=0.1), ...)."
+        )
+
+
+def generators(call: str, value: Any) -> tuple[torch.Generator, ...]:
+    """Random generators as a tuple."""
+    given = tuple(value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(g, torch.Generator) for g in given):
+        raise AdapterError(
+            f"{call}: generators must be a list of torch.Generators, got {short(value)}. Pass generators=[generator], of "
+            f"all that the loss draws from beside torch's own."
+        )
+    return given
+
+
+def wrapping(call: str, opt: Any, losses: dict[str, Any], module: Any, clip_norm: Any) -> None:
     """Refuse what cannot be wrapped; nothing has moved."""
     for name, loss in losses.items():
         if not callable(loss):
@@ -24,8 +45,6 @@ def wrapping(call: str, opt: Any, losses: dict[str, Any], module: Any, clip_norm
         raise AdapterError(f"{call}: model must be a torch.nn.Module, got {type(module).__name__}.")
     if clip_norm is not None:
         number(call, "clip_norm", clip_norm, "above 0", 0, open_low=True, open_high=True)
-    if not all(isinstance(g, torch.Generator) for g in generators):
-        raise AdapterError(f"{call}: generators must be torch.Generators, got {short(generators)}.")
     first = opt.param_groups[0]["params"][0]
     for group in opt.param_groups:
         params = [p for p in group["params"] if p.requires_grad]

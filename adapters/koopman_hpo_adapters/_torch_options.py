@@ -104,6 +104,11 @@ def _entry(name: str, how: Any, groups: list[dict[str, Any]], rule: Rule, owned:
         return how
     tensor, make = how if isinstance(how, tuple) and len(how) == 2 and isinstance(how[0], torch.Tensor) else (how, None)
     if isinstance(tensor, torch.Tensor):
+        if make is not None and not callable(make):
+            raise HyperparameterError(
+                f"{_CALL}: tune[{name!r}] must be a tensor, or (tensor, transform), got {short(make)} for a transform. "
+                f"Give log, logit or identity themselves: (tensor, log)."
+            )
         owned[name] = _owned(name, tensor, groups, rule)
         value = tensor.detach().cpu().numpy().astype(np.float64)
         return _start(name, value, make or (log if (value > 0).all() else identity))

@@ -22,7 +22,7 @@ except ImportError as error:
     raise ImportError("koopman_hpo_adapters.torch needs PyTorch: pip install 'koopman-hpo[torch]'.") from error
 
 from koopman_hpo import Guard, Hypergradient, Tuner, checkpoint
-from koopman_hpo.errors import AdapterError
+from koopman_hpo.errors import AdapterError, whole
 from koopman_hpo.problem import Linearisation
 
 from . import _torch_checks as checks
@@ -44,9 +44,11 @@ def _wrap(
     clip_norm: float | None,
     settings: dict[str, Any],
 ) -> TorchInner:
+    checks.optimizer(call, opt)
+    whole(call, "chunk", 1 if settings.get("chunk") is None else settings["chunk"])
     plan = options.plan(opt)
     losses = {"train_loss": source.train, "val_loss": source.val}
-    checks.wrapping(call, opt, losses, source.module, clip_norm, source.generators)
+    checks.wrapping(call, opt, losses, source.module, clip_norm)
     space, owned = options.space(tune, opt.param_groups, plan.rule)
     return TorchInner(opt, space, plan, source, owned, clip_norm=clip_norm, **settings)
 
@@ -73,7 +75,7 @@ def inner(
     Raises:
       AdapterError, HyperparameterError: as `HyperOptimizer`.
     """
-    source = Source(train_loss, val_loss, lambda batch: True, model, tuple(generators))
+    source = Source(train_loss, val_loss, lambda batch: True, model, checks.generators("inner", generators))
     return _wrap("inner", opt, tune, source, clip_norm, settings)
 
 
@@ -127,7 +129,7 @@ class HyperOptimizer:
         self._scales = checks.Scales()
         call_val = val_loss if not callable(val_loss) else lambda _: val_loss()
         again = lambda batch: not isinstance(batch, torch.Tensor)
-        source = Source(self._scales.asked, call_val, again, model, tuple(generators))
+        source = Source(self._scales.asked, call_val, again, model, checks.generators(_CALL, generators))
         more = {"directions": directions, "chunk": chunk, "seed": seed, "tangents": tangents}
         self.opt, self._val_loss = opt, val_loss
         self._inner = _wrap(_CALL, opt, tune, source, clip_norm, more)

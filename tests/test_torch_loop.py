@@ -1453,6 +1453,31 @@ def test_wrong_inputs_are_refused_in_words():
     make(chunk=2, generators=[torch.Generator()], tune={"lr": log, "w": (weights, log)})
 
 
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "RMSprop", "Adagrad"])
+def test_after_tuning_the_optimizer_itself_trains_on_under_a_scheduler(kind):
+    model, plain = mlp(), mlp()
+    more = {"momentum": 0.9} if kind == "SGD" else {}
+    opt, other = (getattr(torch.optim, kind)(m.parameters(), lr=0.01, **more) for m in (model, plain))
+    hopt = wrap(model, opt, tune=("lr",), steps=3, window=3)
+    for _ in range(4):
+        hopt.step(loss_of(model))
+    assert hopt.tuner.done
+    plain.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for o in (opt, other):
+        o.param_groups[0]["lr"] *= 0.5
+    bad(lambda: hopt.step(loss_of(model)), r"tuning, which is over.*opt.zero_grad\(\), loss.backward\(\), opt.step\(\)")
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (opt, other)]
+    for _ in range(3):
+        for net, o, scheduler in zip((model, plain), (opt, other), schedulers, strict=True):
+            o.zero_grad()
+            loss_of(net).backward()
+            o.step()
+            scheduler.step()
+    same(model, plain)
+    assert opt.param_groups[0]["lr"] == other.param_groups[0]["lr"] < 0.002
+
+
 # -- the model-based operator ------------------------------------------------------------------------------------------
 
 

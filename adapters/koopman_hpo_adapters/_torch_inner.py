@@ -72,9 +72,9 @@ class TorchInner(CoreInner):
     def _shown_at(self, phi: Array) -> tuple[bytes, int]:
         return phi.tobytes(), self._t if self.space.scheduled else 0
 
-    def check(self, phi: Array) -> None:
-        """Raise where model, optimizer or tuner were changed behind our back."""
-        self.memory.check()
+    def check(self, phi: Array, over: bool = False) -> None:
+        """Raise where model, optimizer or tuner were changed behind our back; over: whether tuning is."""
+        self.memory.check(over)
         self.losses.check_hyper()
         if self._key != self._shown_at(phi):
             raise AdapterError("HyperOptimizer.step: the tuner was moved from outside. Resume with HyperOptimizer.load().")

@@ -134,8 +134,8 @@ class Memory:
 
     # -- what must not happen ------------------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Raise where the model or the optimizer was changed behind our back."""
+    def check(self, over: bool) -> None:
+        """Raise where the model or the optimizer was changed behind our back; over: whether tuning is."""
         for p, pointer, version in zip(self.params, self._pointers, self._versions, strict=True):
             if p.data_ptr() != pointer or p._version != version or p.grad is not None or not p.requires_grad:
                 self._refuse(p, p.data_ptr() == pointer and p.requires_grad, p._version == version)
@@ -143,6 +143,12 @@ class Memory:
                 raise AdapterError(
                     f"{_CALL}.step: a parameter has gradient hooks, which tangents cannot follow. Remove them."
                 )
+        if self._read() != self._reading and over:
+            raise AdapterError(
+                f"{_CALL}.step: param_groups were changed or added to from outside, but step trains on with what tuning, "
+                f"which is over, has found. To train under a scheduler, or values of your own, use the optimizer from here "
+                f"on: opt.zero_grad(), loss.backward(), opt.step(). It has the state and the values found."
+            )
         if self._read() != self._reading:
             raise AdapterError(
                 f"{_CALL}.step: param_groups were changed or added to from outside, by a scheduler perhaps. A schedule "

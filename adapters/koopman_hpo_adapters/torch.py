@@ -172,7 +172,7 @@ class HyperOptimizer:
         return self._inner.accumulate(self.tuner.phi, self._checked("accumulate", loss), tangents=not self.tuner.done)
 
     def _checked(self, call: str, loss: Loss | None) -> Any:
-        self._inner.check(self.tuner.phi)
+        self._inner.check(self.tuner.phi, self.tuner.done)
         if loss is None and self._inner.accumulated and call == "step":
             return None
         if isinstance(loss, torch.Tensor) or not callable(loss):

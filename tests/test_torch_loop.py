@@ -671,6 +671,17 @@ def test_central_differences_are_the_last_resort(caplog):
     np.testing.assert_allclose(a.hypergradient().grad, b.hypergradient().grad, rtol=1e-8)
 
 
+@pytest.mark.parametrize("tune", [("lr", "momentum"), {"lr": log, "l2": log(1e-2)}])
+def test_the_error_of_central_differences_is_measured_where_tangents_are_not_zero(tune, caplog):
+    with caplog.at_level(logging.INFO, "koopman_hpo"):
+        torch.manual_seed(4)
+        hopt = follow(Sine(True).to(WIDE), tune)
+    (told,) = [r.message for r in caplog.records if "central differences" in r.message]
+    assert 0 < float(told.split()[-1]) < 1e-6
+    assert hopt.path.endswith(told.split()[-1])
+    assert follow(Sine(True).to(WIDE), ("lr",), steps=1).path == "central differences"  # not measured yet
+
+
 def test_attention_of_a_function_finds_its_kernel(caplog):
     torch.manual_seed(4)
     with caplog.at_level(logging.INFO, "koopman_hpo"):

@@ -252,8 +252,11 @@ class Losses:
             for j, z in enumerate(Z):
                 differences(gradient, theta, hyper, z, {n: d[j] for n, d in dhyper.items()}, found[j])
             room.flat[1].copy_(torch.from_numpy(found))
-            if len(Z) and not self.graph.path:
-                self._report(gradient, theta, hyper, Z[0], {n: d[0] for n, d in dhyper.items()}, found[0])
+            self.graph.path = self.graph.path or DIFFERENCES
+            moved = [j for j, z in enumerate(Z) if z.any() or any(d[j].any() for d in dhyper.values())]
+            if moved and self.graph.path == DIFFERENCES:  # at the first step tangents may be zero
+                j = moved[0]
+                self._report(gradient, theta, hyper, Z[j], {n: d[j] for n, d in dhyper.items()}, found[j])
         finally:
             now.copy_(torch.from_numpy(theta))
             self.set_hyper(hyper)

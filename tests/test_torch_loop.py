@@ -1489,6 +1489,20 @@ def test_after_tuning_the_optimizer_itself_trains_on_under_a_scheduler(kind):
     assert opt.param_groups[0]["lr"] == other.param_groups[0]["lr"] < 0.002
 
 
+@pytest.mark.parametrize("detached", [False, True])
+def test_what_the_training_loss_detaches_is_a_constant_and_the_check_shows_it(detached):
+    model = mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.5)
+
+    def train_loss(batch):
+        losses = F.cross_entropy(model(X), Y, reduction="none")
+        weights = losses.softmax(0)
+        return (weights.detach() if detached else weights) @ losses
+
+    run = kt.inner(opt, train_loss, lambda batch: loss_of(model, 0.5), ("lr", "momentum"))
+    assert check_hypergradient(run, [None] * 10, None).ok is not detached
+
+
 # -- the model-based operator ------------------------------------------------------------------------------------------
 
 

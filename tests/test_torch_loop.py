@@ -1503,6 +1503,48 @@ def test_what_the_training_loss_detaches_is_a_constant_and_the_check_shows_it(de
     assert check_hypergradient(run, [None] * 10, None).ok is not detached
 
 
+def test_what_was_accumulated_is_shown_as_a_gradient_that_nobody_writes_to():
+    model, plain = mlp(), mlp()
+    hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",))
+    before = hopt.tuner.inner.params
+    for shift in (0.0, 0.3):
+        hopt.accumulate(loss_of(model, shift))
+        loss_of(plain, shift).backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    assert nn.utils.clip_grad_norm_(model.parameters(), np.inf) > 0  # looks at the norm, and writes the same values
+    hopt.accumulate(loss_of(model))
+    loss_of(plain).backward()
+    said = "the gradient that accumulate shows .* was written to.*clip_norm=.*set .grad to None"
+    clip = lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    through = lambda: model[0].weight.grad.data.mul_(0.5)
+    for write in (through, clip, lambda: loss_of(model).backward()):
+        write()
+        bad(hopt.step, said)
+        bad(lambda: hopt.accumulate(loss_of(model)), said)
+    assert np.array_equal(hopt.tuner.inner.params, before)
+    hopt.opt.zero_grad()
+    hopt.step()  # the sum as it was
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    same(model, plain)
+    assert all(p.grad is None for p in model.parameters())
+    state = hopt.state_dict()
+    hopt.accumulate(loss_of(model))
+    hopt.load_state_dict(state)
+    assert all(p.grad is None for p in model.parameters())
+    hopt.step(loss_of(model))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_parameter_that_was_not_used_shows_no_gradient(used):
+    model = mlp()
+    hopt = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), tune=("lr",))
+    hopt.accumulate((model[2].weight if used else model[0].weight).square().sum())
+    assert [p.grad is not None for p in model.parameters()] == [not used, False, bool(used), False]
+    hopt.step()
+    assert all(p.grad is None for p in model.parameters())
+
+
 # -- the model-based operator ------------------------------------------------------------------------------------------
 
 

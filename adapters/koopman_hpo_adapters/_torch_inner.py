@@ -113,11 +113,13 @@ class TorchInner(CoreInner):
         for into, flat in zip(kept.flat, part.room.flat, strict=True):
             into.copy_(flat)
         self._part = _sum(self._part, part._replace(room=kept))
+        self.memory.lend([g if used else None for g, used in zip(kept.g, self._part.used, strict=True)])
         return part.loss
 
     def drop(self) -> None:
         """Forget what was accumulated for a step."""
         self._part = None
+        self.memory.take_back()
         self.losses.statistics.drop()
 
     @property
@@ -148,6 +150,7 @@ class TorchInner(CoreInner):
         self.losses.statistics.restore(tensors, snapshot.get("moved"))
         self.losses.restore([t for k, t in tensors.items() if k.startswith("random/")], tensors)
         self._part = None
+        self.memory.take_back()
         self.losses.graph.settle()
         self.memory.touched(self._t)
         self._key = (b"", 0)  # the loss hyperparameters, too

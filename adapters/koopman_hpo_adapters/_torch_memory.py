@@ -5,7 +5,7 @@ Letters: p parameters, q tangent directions, n parameter tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,8 @@ class Memory:
             kept = {name: slots[i][k] for k, name in enumerate(self._plan.slots) if self._keeps(group, name)}
             self._states.append(kept | ({"step": self._steps[i]} if self._plan.counts else {}))
         self._pointers = [p.data_ptr() for p in self.params]
+        self._lent: list[torch.Tensor | None] = [None] * len(self.params)
+        self._sums: Sequence[torch.Tensor | None] = self._lent
         self._present: list[bool] = []
         self.key: tuple[bytes, int] = (b"", 0)
         self.touched(0)
@@ -129,6 +131,19 @@ class Memory:
             else:
                 self._opt.state.pop(p, None)
 
+    def lend(self, grads: Sequence[torch.Tensor | None]) -> None:
+        """Show what was accumulated for a step as the parameters' gradients: copies, nobody's to write to."""
+        self._lent, self._sums = [None if g is None else g.clone() for g in grads], grads
+        for p, g in zip(self.params, self._lent, strict=True):
+            p.grad = g
+
+    def take_back(self) -> None:
+        """The sum is used or forgotten; a gradient that is not ours stays, to be refused."""
+        for p, g in zip(self.params, self._lent, strict=True):
+            if g is not None and p.grad is g:
+                p.grad = None
+        self._sums = self._lent = [None] * len(self.params)
+
     def _read(self) -> list[list[float]]:
         return [[options.read(g, n) for n in self._plan.rule.defaults] for g in self._opt.param_groups]
 
@@ -136,8 +151,10 @@ class Memory:
 
     def check(self, over: bool) -> None:
         """Raise where the model or the optimizer was changed behind our back; over: whether tuning is."""
-        for p, pointer, version in zip(self.params, self._pointers, self._versions, strict=True):
-            if p.data_ptr() != pointer or p._version != version or p.grad is not None or not p.requires_grad:
+        self._check_lent()
+        for p, pointer, version, lent in zip(self.params, self._pointers, self._versions, self._lent, strict=True):
+            foreign = p.grad is not None and p.grad is not lent
+            if p.data_ptr() != pointer or p._version != version or foreign or not p.requires_grad:
                 self._refuse(p, p.data_ptr() == pointer and p.requires_grad, p._version == version)
             if p._backward_hooks or p._post_accumulate_grad_hooks:
                 raise AdapterError(
@@ -162,6 +179,18 @@ class Memory:
         first, state = self.params[0], self._states[0]
         if state and self._present[0] and self._opt.state.get(first) is not state:
             raise AdapterError(f"{_CALL}.step: the optimizer's state was replaced. Resume with HyperOptimizer.load(path).")
+
+    def _check_lent(self) -> None:
+        """Raise where a gradient that is shown is no longer the sum; a card is read only where one was written to."""
+        for p, lent, g in zip(self.params, self._lent, self._sums, strict=True):
+            if lent is None or g is None or p.grad is not lent or not (lent._version or lent.device.type == "cpu"):
+                continue
+            if not torch.allclose(lent, g, rtol=0, atol=0, equal_nan=True):
+                raise AdapterError(
+                    f"{_CALL}.step: the gradient that accumulate shows of a parameter of shape {tuple(p.shape)} was "
+                    f"written to, by clipping or backward() perhaps, which tangents cannot follow. Pass clip_norm= to clip "
+                    f"and call accumulate, not backward. To go on with the sum as it was, set .grad to None."
+                )
 
     @staticmethod
     def _refuse(p: torch.Tensor, there: bool, same: bool) -> None:

@@ -168,7 +168,10 @@ class HyperOptimizer:
         return value
 
     def accumulate(self, loss: Loss) -> float:
-        """Add a loss to those of the next `step`, as several backward calls do; returns it.  Its graph is freed."""
+        """Add a loss to those of the next `step`, as several backward calls do; returns it.  Its graph is freed.
+
+        The sum is shown as the parameters' `.grad` until the step; to clip it, pass `clip_norm`.
+        """
         return self._inner.accumulate(self.tuner.phi, self._checked("accumulate", loss), tangents=not self.tuner.done)
 
     def _checked(self, call: str, loss: Loss | None) -> Any:

@@ -1599,6 +1599,23 @@ def test_a_loss_that_draws_random_numbers_is_not_frozen(estimator):
     np.testing.assert_array_equal(rolled.loss, plain.loss)
 
 
+@pytest.mark.parametrize("tune", [("lr", "weight_decay"), {"lr": log, "weight_decay": log}])
+def test_a_group_without_weight_decay_keeps_none(tune):
+    """The commonest use of groups: biases are not decayed.  The others' decay is tuned, in its proportions."""
+    model = mlp(1)
+    weights, biases = [p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": weights[:1], "weight_decay": 0.1}, {"params": weights[1:], "weight_decay": 0.05}]
+    opt = torch.optim.SGD([*groups, {"params": biases}], lr=0.1)
+    hopt = wrap(model, opt, tune=tune, steps=12, window=3)
+    for _ in range(12):
+        hopt.step(loss_of(model))
+        first, second, none = (group["weight_decay"] for group in opt.param_groups)
+        assert none == 0
+        assert second == pytest.approx(first / 2)
+    assert hopt.tuner.inner.space.labels == ("lr", "weight_decay")
+    assert first != 0.1
+
+
 def test_auto_is_told_that_a_loop_has_one_batch():
     """Which examples a loss is made of nobody sees."""
     assert "not all on train_batch" in rolled("auto").reason[0]

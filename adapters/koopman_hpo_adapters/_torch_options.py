@@ -119,11 +119,14 @@ def _entry(name: str, how: Any, groups: list[dict[str, Any]], rule: Rule, owned:
             f"or its tensor: tune={{'lr': log, {name!r}: log(1e-3)}}." + nearest(name, known)
         )
     values = np.array([read(group, name) for group in groups])
+    make = how if callable(how) else _TRANSFORMS.get(name, identity)
     if how is None or callable(how):
         shared = bool((values == values[0]).all())
-        return _start(name, values[0] if shared else values, how or _TRANSFORMS.get(name, identity))
+        if make is log and not shared and not values.all() and (values >= 0).all():  # zeros have no logarithm, and stay
+            return log(values.max(), shares=values / values.max())
+        return _start(name, values[0] if shared else values, make)
     if isinstance(how, Sequence) and list(how) == list(range(len(groups))):
-        return _start(name, values, _TRANSFORMS.get(name, identity))
+        return _start(name, values, make)
     raise HyperparameterError(
         f"{_CALL}: tune[{name!r}] must be log, logit, identity, what they return, a tensor, or all of the param groups' "
         f"indices {list(range(len(groups)))}, got {short(how)}. Tune all or none."

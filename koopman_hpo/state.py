@@ -82,7 +82,7 @@ class State(NamedTuple):
     best: Best | None = None
     trained: bool = False  # mode restart: whether the final run has been
     attempts: int = 0  # final runs that diverged
-    strayed: bool = False  # whether a step was on another batch than the one that the strategy names
+    strayed: bool = False  # whether a step was on a batch that the strategy does not recognise
 
 
 def frozen(phi: Array) -> Array:

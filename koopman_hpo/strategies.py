@@ -28,8 +28,8 @@ class Strategy(Protocol):
       cut: share of the horizon that the first run in mode `restart` goes.
 
     A strategy may also have `suits(run)`, which raises where it cannot work with a run; `look(H, ahead, window)`, which is
-    then called in place of `estimate`, with the run itself: a `Window`; and `names(batch)`, whether it knows of a step's
-    batch.
+    then called in place of `estimate`, with the run itself: a `Window`; and `recognises(batch)`, whether it knows of a
+    step's batch.
     """
 
     @property
@@ -48,7 +48,7 @@ class Window(NamedTuple):
     val_batch: Any  # of the outer loss
     steps: int  # inner steps to the horizon
     length: int  # inner steps of the window
-    strayed: bool = False  # whether steps so far were on batches that the strategy does not name
+    strayed: bool = False  # whether steps so far were on batches that the strategy does not recognise
 
 
 def _check(strategy: Strategy) -> None:
@@ -180,7 +180,7 @@ class Glocal:
         if self.estimator == "krylov":
             krylov.check_run("Glocal", run)
 
-    def names(self, batch: Any) -> bool:
+    def recognises(self, batch: Any) -> bool:
         """Whether a step's batch is `train_batch`: the same object, or of the same arrays."""
         given = self.train_batch
         alike = isinstance(batch, tuple | list) and type(batch) is type(given) and len(batch) == len(given)

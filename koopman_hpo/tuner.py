@@ -193,8 +193,8 @@ class Tuner:
         if math.isnan(s.value0):
             s = self.state = s._replace(value0=self._start_value(val_batch))
         if s.window.owed is None:
+            strayed = s.strayed or not getattr(self.strategy, "recognises", lambda batch: True)(batch)
             loss = self.inner.step(s.phi, batch)
-            strayed = s.strayed or not getattr(self.strategy, "names", lambda batch: True)(batch)
             s = self.state = s._replace(t=s.t + 1, window=s.window._replace(owed=loss), strayed=strayed)
         return self._settle(s, val_batch)
 

@@ -32,8 +32,8 @@ TASKS = {
     "clean": Setting("KMNIST", plain, ("data",)),
     "noisy": Setting("KMNIST, 30 % random labels", noisy, ("data",)),
     "tabular": Setting("diabetes, a regression", more_tasks.tabular, (), (8, 12)),
-    "cnn": Setting("MNIST, LeNet", more_tasks.lenet, ("data", "jax"), (2, 5), (20, 60)),
-    "characters": Setting("characters, recurrent", more_tasks.characters, ("jax",), (2, 5), (20, 60)),
+    "cnn": Setting("MNIST, LeNet", more_tasks.lenet, ("data", "jax"), (3, 5), (20, 60)),
+    "characters": Setting("characters, recurrent", more_tasks.characters, ("jax",), (3, 5), (20, 60)),
 }
 STARTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RATES = np.geomspace(1e-4, 1.0, 9)

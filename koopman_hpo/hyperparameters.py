@@ -157,18 +157,10 @@ def _check_factors(factors: Any, knots: tuple[int, ...] | None, transform: Trans
     call = transform.name
     if knots is None:
         raise HyperparameterError(f"{call}: factors need knots, the inner steps at which they hold: knots=(0, T).")
-    if not transform.low <= 0 <= transform.high:
-        raise HyperparameterError(f"{call}: a multiple would leave the domain. Use log or identity, with bounds.")
     x = reals(call, "factors", factors)
     if x.shape != (len(knots),):
         raise ShapeError(f"{call}: factors must be {len(knots)} numbers, one a knot, got shape {x.shape}.")
-    most = _most(transform)
-    if not ((x >= 0) & (x <= most) & (x < math.inf)).all() or not x[0] > 0:
-        raise HyperparameterError(
-            f"{call}: factors must be finite, at least 0{', at most 1' if most == 1 else ''} and the first one above 0, "
-            f"got {x.tolist()}."
-        )
-    return tuple(x.tolist())
+    return _multiples("factors", x, transform, "the first one above 0", bool(x[0] > 0))
 
 
 def _check_shares(shares: Any, tuned: tuple[int, ...], transform: Transform) -> tuple[float, ...] | None:
@@ -179,23 +171,23 @@ def _check_shares(shares: Any, tuned: tuple[int, ...], transform: Transform) -> 
         raise ShapeError(
             f"{call}: shares are multiples of one value, got {tuned[0]}, one a group. Give one, or leave shares out."
         )
-    if not transform.low <= 0 <= transform.high:
-        raise HyperparameterError(f"{call}: a multiple would leave the domain. Use log or identity, with bounds.")
-    x, most = reals(call, "shares", shares), _most(transform)
+    x = reals(call, "shares", shares)
     if x.ndim != 1 or x.size == 0:
         raise ShapeError(f"{call}: shares must be (n,) numbers, one a group, got shape {x.shape}.")
-    if not ((x >= 0) & (x <= most) & (x < math.inf)).all() or not x.any():
+    return _multiples("shares", x, transform, "not all 0", bool(x.any()))
+
+
+def _multiples(name: str, x: Array, transform: Transform, need: str, met: bool) -> tuple[float, ...]:
+    """Fixed multiples x of a value, none of which may leave the transform's domain."""
+    call, endless = transform.name, {transform.low, transform.high} <= {-math.inf, 0.0, math.inf}
+    if not transform.low <= 0 <= transform.high:
+        raise HyperparameterError(f"{call}: a multiple would leave the domain. Use log or identity, with bounds.")
+    most = math.inf if endless else 1.0
+    if not ((x >= 0) & (x <= most) & (x < math.inf)).all() or not met:
         raise HyperparameterError(
-            f"{call}: shares must be finite, at least 0{', at most 1' if most == 1 else ''} and not all 0, got "
-            f"{x.tolist()}."
+            f"{call}: {name} must be finite, at least 0{', at most 1' if most == 1 else ''} and {need}, got {x.tolist()}."
         )
     return tuple(x.tolist())
-
-
-def _most(transform: Transform) -> float:
-    """The largest multiple of a value that cannot leave the transform's domain."""
-    endless = {transform.low, transform.high} <= {-math.inf, 0.0, math.inf}
-    return math.inf if endless else 1.0
 
 
 def _make(

@@ -191,18 +191,20 @@ class Glocal:
         if self.estimator == "trajectory":
             return self.estimate(H, ahead)
         why = self._too_dear(window) if self.estimator == "auto" else ""
-        if not why:
-            plan = self._krylov()._asdict()
-            try:
-                found = krylov.estimate(window.run, self.train_batch, window.val_batch, window.steps, **plan)  # type: ignore
-            except NotFrozenError as error:  # what only the loss itself shows
-                found, why = None, f"no krylov ({error})"
-            if found is not None and found.accepted:
-                return found
-            if found is not None:
-                why = f"krylov not accepted ({found.reason.removeprefix('last value: ')})"
+        found = why or self._rolled(window)
+        if isinstance(found, Forecast):
+            return found
         other = self.estimate(H, ahead)
-        return replace(other, reason=f"{why}; {other.reason}")
+        return replace(other, reason=f"{found}; {other.reason}")
+
+    def _rolled(self, window: Window) -> Forecast | str:
+        """The estimate by krylov, or why there is none."""
+        plan = self._krylov()._asdict()
+        try:
+            found = krylov.estimate(window.run, self.train_batch, window.val_batch, window.steps, **plan)  # type: ignore
+        except NotFrozenError as error:  # what only the loss itself shows
+            return f"no krylov ({error})"
+        return found if found.accepted else f"krylov not accepted ({found.reason.removeprefix('last value: ')})"
 
     def _too_dear(self, window: Window) -> str:
         """Why "auto" does not even try krylov, or an empty string."""
@@ -212,7 +214,7 @@ class Glocal:
             return f"no krylov ({error})"
         run = window.run
         assert isinstance(run, CoreInner)
-        neglected = [name for name in run.space.names if name in krylov.NEGLECTED]
+        neglected = krylov.neglected(run.space)
         if neglected:
             return f"no krylov ({', '.join(neglected)} is tuned, which it leaves out)"
         loss = any(name not in run.rule.defaults for name in run.space.names)

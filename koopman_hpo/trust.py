@@ -221,11 +221,11 @@ def minimise(
 def _check_space(call: str, run: CoreInner, warm: bool) -> None:
     if run.directions is not None:
         raise HyperparameterError(f"{call}: the run follows random directions. Make it with directions=None.")
-    if krylov.left_out(run.space).any():
-        name = next(n for n in krylov.NEGLECTED if n in run.space.names)
+    neglected = krylov.neglected(run.space)
+    if neglected:
         raise HyperparameterError(
-            f"{call}: {name!r} acts on the preconditioner alone, which predictions freeze. Hold it fixed, or tune it "
-            f"with a Tuner."
+            f"{call}: {neglected[0]!r} acts on the preconditioner alone, which predictions freeze. Hold it fixed, or tune "
+            f"it with a Tuner."
         )
     passing = _passing(run)
     if warm and (passing or run.space.scheduled):

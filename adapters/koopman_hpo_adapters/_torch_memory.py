@@ -160,16 +160,15 @@ class Memory:
                 raise AdapterError(
                     f"{_CALL}.step: a parameter has gradient hooks, which tangents cannot follow. Remove them."
                 )
-        if self._read() != self._reading and over:
+        if self._read() != self._reading:
             raise AdapterError(
                 f"{_CALL}.step: param_groups were changed or added to from outside, but step trains on with what tuning, "
                 f"which is over, has found. To train under a scheduler, or values of your own, use the optimizer from here "
                 f"on: opt.zero_grad(), loss.backward(), opt.step(). It has the state and the values found."
-            )
-        if self._read() != self._reading:
-            raise AdapterError(
-                f"{_CALL}.step: param_groups were changed or added to from outside, by a scheduler perhaps. A schedule "
-                f"belongs into tune: {{'lr': log([.1, .01], knots=(0, 1000))}}, or log(.1, knots=..., factors=...)."
+                if over
+                else f"{_CALL}.step: param_groups were changed or added to from outside, by a scheduler perhaps. A "
+                f"schedule belongs into tune: {{'lr': log([.1, .01], knots=(0, 1000))}}, or log(.1, knots=..., "
+                f"factors=...)."
             )
         if any(p.requires_grad for p in self._frozen):
             raise AdapterError(

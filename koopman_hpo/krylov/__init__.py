@@ -7,6 +7,6 @@ through a few such stages, linearised anew in each, and takes the outer gradient
 
 from __future__ import annotations
 
-from .forecast import NEGLECTED, Forecast, Settings, check_run, estimate, exactly, left_out
+from .forecast import Forecast, Settings, check_run, estimate, exactly, neglected
 
-__all__ = ["NEGLECTED", "Forecast", "Settings", "check_run", "estimate", "exactly", "left_out"]
+__all__ = ["Forecast", "Settings", "check_run", "estimate", "exactly", "neglected"]

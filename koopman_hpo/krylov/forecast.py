@@ -189,7 +189,7 @@ def check_run(call: str, inner: Any) -> None:
     """Refuse a run whose step cannot be frozen.
 
     Raises:
-      NotFrozenError: saying why.
+      NotFrozenError: saying why.  HyperparameterError: it tunes nothing.
     """
     if not isinstance(inner, CoreInner):
         raise NotFrozenError(
@@ -248,14 +248,16 @@ def _judged(
 ) -> Forecast:
     """The estimate `value` (q,), its error, and whether it is accepted.  fewer: what fewer columns change; doubt: the error
     of the noise term; defects: of the stages, shares of the value; growth: the edge beyond which training grows, or 0."""
-    known = ~left_out(space)
+    left_out, known = neglected(space), np.ones(space.q, np.bool_)
+    for name in left_out:
+        known[space.where(name)] = False
     error = np.sqrt(fewer**2 + (defects * _rms(value[known])) ** 2 + doubt**2)
     size, deviation = _rms(value[known]), _rms(error[known])
     deviation = deviation / size if size else 0.0 if known.any() and not deviation else np.inf
     value, error = np.where(known, value, now), np.where(known, error, np.abs(now))
     finite = bool(np.isfinite(value).all() and np.isfinite(error).all())
     accepted = finite and deviation < gate and not growth
-    kept = "" if known.all() else f"; {' and '.join(n for n in NEGLECTED if n in space.names)} as now"
+    kept = f"; {' and '.join(left_out)} as now" if left_out else ""
     reason = f"estimated error {deviation:.3g} of the estimate, gate {gate:g}{kept}"
     if not finite:
         reason = "krylov is not finite"
@@ -273,13 +275,9 @@ def _judged(
     )
 
 
-def left_out(space: Space) -> Array:
-    """(q,) which coordinates act on a preconditioner alone."""
-    out = np.zeros(space.q, np.bool_)
-    for name in NEGLECTED:
-        if name in space.names:
-            out[space.where(name)] = True
-    return out
+def neglected(space: Space) -> list[str]:
+    """The names that act on a preconditioner alone."""
+    return [name for name in space.names if name in NEGLECTED]
 
 
 def _noise(model: Model, plan: Settings, steps: int, rolled: roll.Rolled, pulls: list[Array]) -> tuple[Array, Array]:

@@ -305,7 +305,7 @@ def reference(pieces: list[Piece], nesterov: bool) -> Array:
 
 
 def _gain(at: Coefficients, nesterov: bool) -> Array:
-    """(n,) twice the inverse of the curvature at which each group's step grows."""
+    """(n,) of each group, two over the curvature at which its step grows."""
     mu = at.c[MU]
     return at.c[RATE] * at.c[KEEP] * (1 + 2 * mu if nesterov else 1.0) / (1 + mu)
 
@@ -317,6 +317,5 @@ def speed(at: Coefficients, rate: Array) -> float:
 
 def ceiling(at: Coefficients, rate: Array, nesterov: bool) -> float:
     """Largest eigenvalue of `T + W` at which the frozen step does not grow."""
-    mu, gain = at.c[MU], at.c[RATE] / rate * at.c[KEEP]
-    with np.errstate(divide="ignore"):
-        return float((2 * (1 + mu) / ((1 + 2 * mu if nesterov else 1.0) * gain)).min())
+    most = float((_gain(at, nesterov) / rate).max())
+    return 2 / most if most else np.inf

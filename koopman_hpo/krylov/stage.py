@@ -221,7 +221,7 @@ def begin(start: State, steps: int, model: Model, gradient: Array, centre: Array
     """A stage from a state: its preconditioner, and the Krylov space of the gradient, as far as the tolerance asks."""
     dynamics = model.dynamics
     parts = model.pieces(start.t, steps)
-    D = preconditioner(start if start.t else _warmed(start, steps, model, gradient), model)
+    D = preconditioner(_warmed(start, steps, model, gradient), model)
     rate = frozen.reference(_lasting(parts, dynamics.rule, start.t), dynamics.rule.name == "sgd" and dynamics.rule.flag)
     scale = np.sqrt(spread(rate, model) * D)
     unit = D / scale if dynamics.rule.name == "rmsprop" else 1 / scale
@@ -324,8 +324,8 @@ def end(stage: Stage, way: Path) -> State:
 
 
 def _warmed(start: State, steps: int, model: Model, gradient: Array) -> State:
-    """A run's start with the averages that half of the stage would leave, were the gradient (p,) to stay: of none, the
-    preconditioner is the inverse of eps."""
+    """A state without averages, as a run's start is, with those that half of the stage would leave, were the gradient (p,)
+    to stay: of none, the preconditioner is the inverse of eps."""
     if start.square is None or start.square.any():
         return start
     rule, values = model.dynamics.rule, frozen.duals(model.dynamics, model.point(start.t))

@@ -20,7 +20,7 @@ def task(steps=40, penalty="l2", **settings):
         Space(lr=log(0.1), momentum=logit(0.5), **{penalty: log(0.01)}),
         {"lr": (1e-3, 1.0), "momentum": (0.1, 0.9), penalty: (1e-6, 0.1)},
         steps,
-        tasks.feed(part(0, 100), 20, 0),
+        tasks.Feed(part(0, 100), 20, 0),
         part(100, 200),
         part(200, 300),
         **settings,

@@ -149,6 +149,29 @@ def test_halving_goes_on_with_the_best_and_counts_every_step():
     assert trace[0].val in [q.val for q in whole]  # a run that was paused is the run that was not
 
 
+def test_hyperband_has_brackets_from_short_runs_to_whole_ones():
+    t = task(steps=54)
+    trace = blackbox.hyperband(t, COST, 2, 0, eta=3, rungs=3)
+    rungs = [[(9, 6), (3, 12), (1, 36)], [(5, 18), (1, 36)], [(3, 54)]]  # (runs, steps that they go on)
+    spent = np.cumsum([sum(n * (steps + 3) for n, steps in bracket) for bracket in 2 * rungs])
+    assert [p.runs * 54 for p in trace] == pytest.approx(spent)
+    assert trace[0] == blackbox.halving(t, COST, 1, 0, eta=3, rungs=3)[0]
+    rng, (low, high) = np.random.default_rng(0), t.bounds()
+    drawn = [rng.uniform(low, high) for _ in range(9 + 5 + 3)]
+    assert trace[2].val == min(methods.train(t, phi).val for phi in drawn[-3:])
+
+
+def test_the_same_task_on_the_other_images(monkeypatch):
+    rng = np.random.default_rng(0)
+    for module in (tasks, more_tasks.problems):
+        for k, name in enumerate(("kmnist", "mnist")):
+            made = (np.full((10_000, 28, 28), k) + 0.1 * rng.random((10_000, 28, 28)), np.full(10_000, k))
+            monkeypatch.setattr(module, name, lambda data, made=made: made)
+    for name, label in {"clean": 0, "mnist": 1, "cnn": 1, "cnn, kmnist": 0}.items():
+        if lineup.TASKS[name].available("data"):
+            assert set(lineup.TASKS[name].make("data", 3).test[1]) == {label}, name
+
+
 def test_a_cosine_schedule_begins_at_the_rate_and_ends_near_nothing():
     t = task()
     at, phi = methods.cosine(t), t.space.phi0
@@ -219,6 +242,59 @@ def test_a_convolution_by_one_product_is_a_convolution():
     np.testing.assert_allclose(convolved(X, w), want, rtol=1e-4, atol=1e-4)
 
 
+def test_a_warp_of_nothing_is_the_image_and_whole_pixels_and_right_angles_are_exact():
+    pytest.importorskip("jax")
+    from study.auxiliary import warped
+
+    X = np.random.default_rng(0).normal(size=(3, 14, 14)).astype(np.float32)
+    one, two = np.zeros(3, np.float32), np.zeros((3, 2), np.float32)
+    np.testing.assert_allclose(warped(X, two, one, two, one), X, atol=1e-5)
+    moved = np.zeros_like(X)
+    moved[:, :-2, 3:] = X[:, 2:, :-3]
+    np.testing.assert_allclose(warped(X, two + np.float32([2, -3]), one, two, one), moved, atol=1e-5)
+    turned = np.rot90(X, -1, axes=(1, 2))
+    np.testing.assert_allclose(warped(X, two, one + np.pi / 2, two, one), turned, atol=1e-4)
+    wide = np.asarray(
+        warped(X, two, one, two + np.log(np.float32([1, 2])), one)
+    )  # half as wide: column k has what lay at 2 k - 6.5
+    np.testing.assert_allclose(wide[:, :, 4], X[:, :, 1:3].mean(axis=2), atol=1e-5)
+    sheared = np.asarray(warped(X, two, one, two, one + 2))  # two columns a row, from the middle
+    np.testing.assert_allclose(sheared[:, 7, :-1], X[:, 7, 1:], atol=1e-5)
+
+
+def test_a_blur_is_the_mean_of_nine_pixels():
+    pytest.importorskip("jax")
+    from scipy.ndimage import uniform_filter
+    from study.auxiliary import blurred
+
+    X = np.random.default_rng(0).normal(size=(2, 14, 14)).astype(np.float32)
+    want = np.stack([uniform_filter(x, 3, mode="constant") for x in X])
+    np.testing.assert_allclose(blurred(X), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["augmentation", "weighted"])
+def test_the_losses_own_hyperparameters_do_something_and_all_of_them_are_tuned(monkeypatch, name):
+    pytest.importorskip("jax")
+    rng = np.random.default_rng(0)
+    made = rng.random((9500, 28, 28)), rng.integers(0, 10, 9500)
+    monkeypatch.setattr(more_tasks.problems, "kmnist", lambda data: made)
+    t = getattr(more_tasks, name)(None, 1, steps=12)
+    run = t.run()
+    for k in range(12):
+        run.step(run.space.phi0, t.batch(k))
+    h = run.hypergradient(t.val).grad
+    assert h.shape == (10,)
+    assert np.count_nonzero(h) == 10
+    ends = []
+    for sign in (1, -1):  # along h, in float32
+        other = t.run()
+        for k in range(12):
+            other.step(t.space.phi0 + sign * 0.05 * h / np.linalg.norm(h), t.batch(k), tangents=False)
+        ends.append(other.hypergradient(t.val).value)
+    assert (ends[0] - ends[1]) / 0.1 == pytest.approx(np.linalg.norm(h), rel=0.05)
+    np.testing.assert_array_equal(t.batch(3)[-1], t.batch(3)[-1])
+
+
 def test_prodigy_trains_on_the_models_own_gradient():
     pytest.importorskip("prodigyopt")
     pytest.importorskip("torch")
@@ -248,6 +324,21 @@ def test_a_run_cut_short_is_followed_by_a_whole_one_that_is_counted():
     t = task()
     trace = restarts.path(t, COST, Local(mode="restart"), budget=1.5)
     assert trace[0].runs * 40 == pytest.approx(4 * 2 + (1 + 1) * 3 + 40)
+
+
+def test_the_model_based_operator_pays_for_its_time_and_is_asked_while_runs_are_cut_short(monkeypatch):
+    t = task()
+    monkeypatch.setattr(restarts, "seconds", lambda task: 0.01)
+    strategy = restarts.Krylov(t)
+    first = restarts.path(t, COST, strategy, budget=0.0)[0]
+    assert strategy.asked == 1
+    assert strategy.seconds > 0
+    assert first.runs * 40 == pytest.approx(4 * 2 + (4 + 1) * 3 + strategy.seconds / 0.01 + 40)
+    done = strategy.look(np.zeros((3, 3)), 0, restarts.Window(t.run(), t.val, 0, 40))
+    assert (strategy.asked, done.method) == (1, "krylov")
+    (X, _), epoch = strategy.strategy.train_batch, strategy.strategy.batches
+    assert sorted(X[:, 0]) == sorted(t.batch.arrays[0][:, 0])
+    assert len(epoch) == 5
 
 
 def test_the_constant_direction_asks_for_more_of_everything():
@@ -322,11 +413,13 @@ def test_shares_are_of_what_true_global_needs():
         path("global", (2.0, 0.9), (20.0, 0.5), (40.0, 0.499)),
         path("continuation", (1.0, 0.9), (9.9, 0.5), (40.0, 0.5)),
         path("glocal", (1.0, 0.5), (2.0, 0.9), (40.0, 0.8)),
+        path("krylov", (4.0, 0.9), (5.0, 0.5), (40.0, 0.5)),
         path("constant", (1.0, 2.0), (40.0, None)),
     ]
     found = restarts.shares(record(rows=rows), "layers")
     assert found["global"] == 1
     assert found["continuation"] == pytest.approx(0.5, rel=0.1)
+    assert found["krylov"] == pytest.approx(0.25, rel=0.1)
     assert found["glocal"] == found["constant"] == math.inf
 
 

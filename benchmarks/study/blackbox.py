@@ -1,4 +1,4 @@
-"""Tuning by trying: random search, Optuna's TPE, successive halving, a grid.  Each returns a trace."""
+"""Tuning by trying: random search, Optuna's TPE, successive halving, Hyperband, a grid.  Each returns a trace."""
 
 from __future__ import annotations
 
@@ -44,15 +44,25 @@ def tpe(task: Task, c: Cost, n: int, seed: int, at: Any = None) -> Trace:
 
 
 def halving(task: Task, c: Cost, brackets: int, seed: int, eta: int = 3, rungs: int = 4) -> Trace:
-    """Successive halving: eta^(rungs - 1) random settings, of which the best third goes on, three times as long.
+    """Successive halving: eta^(rungs - 1) random settings, of which the best third goes on, three times as long; then the
+    same with fresh settings."""
+    return _brackets(task, c, [(eta ** (rungs - 1), rungs)] * brackets, seed, eta)
 
-    A bracket is what Hyperband runs most of; it is repeated with fresh settings.
-    """
+
+def hyperband(task: Task, c: Cost, sweeps: int, seed: int, eta: int = 3, rungs: int = 4) -> Trace:
+    """Hyperband (Li et al. 2018): a bracket of halving from many runs of eta^(1 - rungs) of the horizon, one from fewer
+    that begin longer, and so on to whole runs; then the same with fresh settings."""
+    sweep = [(math.ceil(rungs / r * eta ** (r - 1)), r) for r in range(rungs, 0, -1)]
+    return _brackets(task, c, sweep * sweeps, seed, eta)
+
+
+def _brackets(task: Task, c: Cost, brackets: list[tuple[int, int]], seed: int, eta: int) -> Trace:
+    """Brackets (settings, rungs) of successive halving one after the other; a point where one ends."""
     rng, (low, high) = np.random.default_rng(seed), task.bounds()
     trace: Trace = []
     spent = 0.0
-    for _ in range(brackets):
-        alive: list[tuple[Array, Any]] = [(rng.uniform(low, high), None) for _ in range(eta ** (rungs - 1))]
+    for count, rungs in brackets:
+        alive: list[tuple[Array, Any]] = [(rng.uniform(low, high), None) for _ in range(count)]
         begun = 0
         for rung in range(rungs):
             end = round(task.steps / eta ** (rungs - 1 - rung))

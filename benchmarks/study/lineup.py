@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -31,21 +32,23 @@ class Setting(NamedTuple):
 TASKS = {
     "clean": Setting("KMNIST", plain, ("data",)),
     "noisy": Setting("KMNIST, 30 % random labels", noisy, ("data",)),
+    "mnist": Setting("MNIST", partial(plain, of="mnist"), ("data",)),
     "tabular": Setting("diabetes, a regression", more_tasks.tabular, (), (8, 12)),
     "cnn": Setting("MNIST, LeNet", more_tasks.lenet, ("data", "jax"), (3, 5), (20, 60)),
+    "cnn, kmnist": Setting("KMNIST, LeNet", partial(more_tasks.lenet, of="kmnist"), ("data", "jax"), (3, 5), (20, 60)),
     "characters": Setting("characters, recurrent", more_tasks.characters, ("jax",), (3, 5), (20, 60)),
 }
 STARTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RATES = np.geomspace(1e-4, 1.0, 9)
 FIRST_SEED = 10  # constants were chosen on seeds from 100 on
-GLOBAL_RUNS, BRACKETS = 8, 6
+GLOBAL_RUNS, BRACKETS, SWEEPS = 8, 6, 2
 ONLINE = ("local", "glocal", "glocal, 5 a window", "local, guarded", "glocal, guarded")
 FALLING = ("local, search first", "local, search, three runs")  # their lr, to zero
 ONLINE += FALLING
 ONE_RUN = ("untuned", "hypergradient descent", *ONLINE, "global")
 AGAIN = "local, search first, other batches"  # from the middle of the starts
 GUARDED = {"outer": outer.adam(0.25), "guard": Guard(again=0.3, fall=1.0)}  # chosen on seeds from 100 on
-BLACK_BOX = ("random", "random, cosine", "tpe", "tpe, cosine", "halving", "grid", "grid, cosine")
+BLACK_BOX = ("random", "random, cosine", "tpe", "tpe, cosine", "halving", "hyperband", "grid", "grid, cosine")
 NAMES = {
     "local": "**local, online**",
     "glocal": "**glocal, online**",
@@ -60,6 +63,7 @@ NAMES = {
     "tpe": "TPE",
     "tpe, cosine": "TPE, cosine schedule",
     "halving": "successive halving",
+    "hyperband": "Hyperband",
     "grid": "tuned constant lr",
     "grid, cosine": "tuned cosine schedule",
     "prodigy": "Prodigy",
@@ -99,6 +103,8 @@ def black_box(method: str, task: Task, c: Cost, n: int, seed: int) -> Trace:
         return blackbox.grid(task, c, RATES, at)
     if method == "halving":
         return blackbox.halving(task, c, BRACKETS, seed)
+    if method == "hyperband":
+        return blackbox.hyperband(task, c, SWEEPS, seed)
     search = blackbox.tpe if method.startswith("tpe") else blackbox.random
     return search(task, c, n, seed, at)
 

@@ -1,6 +1,7 @@
 """Further runs to be tuned: a small LeNet and a recurrent network, both in JAX, and a regression on a table.
 
-All under SGD with momentum; lr, momentum and an L2 penalty are tuned, from boxes as on KMNIST.
+All under SGD with momentum; lr, momentum and an L2 penalty are tuned, from boxes as on KMNIST.  Then two MLPs in JAX whose
+training loss has ten hyperparameters, which alone are tuned.
 """
 
 from __future__ import annotations
@@ -12,25 +13,28 @@ from typing import Any
 import numpy as np
 from koopman_hpo_adapters.numpy import mlp
 
+from koopman_hpo import Space, log
+
 from . import problems
-from .tasks import Task, feed, searched
+from .tasks import MOST_TRAIN, TEST, VALIDATE, Feed, Task, searched, wrong
 
 
 @cache
 def _compiled(name: str, seed: int) -> Any:
-    """A model of `networks`, made once a process: compiling takes longer than a run."""
-    from . import networks
+    """A model of `networks` or `auxiliary`, made once a process: compiling takes longer than a run."""
+    from . import auxiliary, networks
 
-    return getattr(networks, name)(seed)
+    return {**vars(networks), **vars(auxiliary)}[name](seed)
 
 
-def lenet(data: pathlib.Path, seed: int, steps: int = 600) -> Task:
-    """A LeNet of 3,012 parameters on MNIST pooled to 14x14: 1,000 images to train, 200 to validate, 2,000 to test."""
-    images, y = problems.mnist(data)
+def lenet(data: pathlib.Path, seed: int, steps: int = 600, of: str = "mnist") -> Task:
+    """A LeNet of 3,012 parameters on MNIST or KMNIST pooled to 14x14: 1,000 images to train, 200 to validate, 2,000 to
+    test."""
+    images, y = {"kmnist": problems.kmnist, "mnist": problems.mnist}[of](data)
     order = np.random.default_rng(seed).permutation(len(y))
     X = problems.standardised(problems.pooled(images, 2)).reshape(-1, 14, 14, 1).astype(np.float32)
     train, val, test = ((X[rows], y[rows].astype(np.int32)) for rows in np.split(order[:3200], (1000, 1200)))
-    return Task(_compiled("lenet", seed), *searched("weight_decay"), steps, feed(train, 32, seed), val, test)
+    return Task(_compiled("lenet", seed), *searched("weight_decay"), steps, Feed(train, 32, seed), val, test)
 
 
 def characters(data: Any, seed: int, steps: int = 800) -> Task:
@@ -38,7 +42,7 @@ def characters(data: Any, seed: int, steps: int = 800) -> Task:
     from .networks import CHARACTERS, unseen
 
     model, (train, val) = _compiled("characters", seed)
-    batch, test = feed(train, 32, seed), unseen(seed, 500)
+    batch, test = Feed(train, 32, seed), unseen(seed, 500)
     return Task(model, *searched("weight_decay"), steps, batch, val, test, classes=CHARACTERS)
 
 
@@ -48,4 +52,42 @@ def tabular(data: Any, seed: int, steps: int = 2000) -> Task:
     X, y = np.concatenate([X, more]), np.concatenate([y, z])
     train, val, test = ((X[a:b], y[a:b]) for a, b in ((0, 221), (221, 331), (331, 442)))
     model = mlp((10, 20, 1), loss="squared_error", seed=seed)
-    return Task(model, *searched(), steps, feed(train, 32, seed), val, test, classes=None)
+    return Task(model, *searched(), steps, Feed(train, 32, seed), val, test, classes=None)
+
+
+def few(data: pathlib.Path, seed: int, n: int, share: float) -> tuple[Any, Any, Any]:
+    """n images of KMNIST pooled to 14x14, a share of their labels random, and those to validate and to test."""
+    raw, y = problems.kmnist(data)
+    order = np.random.default_rng(seed).permutation(len(y))
+    X = problems.standardised(problems.pooled(raw, 2)).reshape(-1, 14, 14).astype(np.float32)[order]
+    y = y[order].astype(np.int32)
+    part = lambda a, b: (X[a:b], y[a:b])
+    noise = np.random.default_rng(2000 + seed).random(n) < share
+    train = (X[:n], wrong(y[:n], noise, seed))
+    return train, part(MOST_TRAIN, MOST_TRAIN + VALIDATE), part(len(y) - TEST, len(y))
+
+
+def augmentation(data: pathlib.Path, seed: int, steps: int = 1000, n: int = 300) -> Task:
+    """Strengths of ten augmentations of 300 images."""
+    train, val, test = few(data, seed, n, 0.0)
+    plain = Feed(train, 32, seed)
+
+    def batch(t: int) -> tuple[Any, ...]:
+        rng, (X, y) = np.random.default_rng((seed, 1, t)), plain(t)
+        draws, noise = rng.normal(size=(len(y), 10)), rng.normal(size=X.shape)
+        return X, y, draws.astype(np.float32), noise.astype(np.float32)
+
+    space = Space(strengths=log(np.full(10, 0.1), bounds=(1e-3, 3.0)))
+    fixed = {"lr": 0.03, "momentum": 0.9}
+    return Task(_compiled("augmentation", seed), space, {"strengths": (0.01, 3.0)}, steps, batch, val, test, fixed)
+
+
+def weighted(data: pathlib.Path, seed: int, steps: int = 1000, n: int = 300) -> Task:
+    """Weights of ten further terms of the loss, some of use and some not; 300 images, 30 % of their labels random."""
+    train, val, test = few(data, seed, n, 0.3)
+    rng = np.random.default_rng((seed, 2))
+    meaningless = rng.normal(size=(n, 49)).astype(np.float32)
+    batch = Feed((*train, meaningless, rng.integers(0, 10, n).astype(np.int32)), 32, seed)
+    space = Space(weights=log(np.full(10, 0.1), bounds=(1e-5, 10.0)))
+    fixed = {"lr": 0.03, "momentum": 0.9}
+    return Task(_compiled("weighted", seed), space, {"weights": (1e-4, 10.0)}, steps, batch, val, test, fixed)

@@ -25,7 +25,7 @@ class Classifier(TreeProblem):
         return float((self.logits(self.unravel(theta), X).argmax(axis=-1) == y).mean())
 
 
-def _normal(rng: np.random.Generator, *shape: int) -> jax.Array:
+def normal(rng: np.random.Generator, *shape: int) -> jax.Array:
     """float32 weights of variance 1 / inputs; the last axis is the outputs."""
     return jnp.asarray(rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1])), jnp.float32)
 
@@ -34,10 +34,10 @@ def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[..., None], axis=-1).mean()
 
 
-def classifier(logits: Any, params: Any) -> Any:
-    """The losses are the cross entropy of `logits(params, X)`."""
+def classifier(logits: Any, params: Any, train: Any = None, hyper: tuple[str, ...] = ()) -> Any:
+    """The losses are the cross entropy of `logits(params, X)`; that of training may be another, with hyperparameters."""
     loss = lambda params, hyper, batch: cross_entropy(logits(params, batch[0]), batch[1])
-    made = problem(loss, loss, params, hyper=())
+    made = problem(loss if train is None else train, loss, params, hyper=hyper)
     return Classifier(**{f.name: getattr(made, f.name) for f in fields(made)}, logits=jax.jit(logits))
 
 
@@ -54,10 +54,10 @@ def lenet(seed: int, channels: tuple[int, int] = (4, 8), width: int = 32) -> Any
     rng = np.random.default_rng(seed)
     a, b = channels
     params = {
-        "first": _normal(rng, 5, 5, 1, a),
-        "second": _normal(rng, 3, 3, a, b),
-        "dense": _normal(rng, 9 * b, width),
-        "out": _normal(rng, width, 10),
+        "first": normal(rng, 5, 5, 1, a),
+        "second": normal(rng, 3, 3, a, b),
+        "dense": normal(rng, 9 * b, width),
+        "out": normal(rng, width, 10),
     }
 
     def logits(params: Any, X: Any) -> jax.Array:
@@ -101,10 +101,10 @@ def characters(seed: int, width: int = 32) -> tuple[Any, Any]:
     cut = SEEN * 9 // 10
     starts = np.concatenate([rng.integers(0, cut - 20, 600), rng.integers(cut, SEEN - 20, 200)])
     params = {
-        "embed": _normal(rng, CHARACTERS, width) * np.float32(np.sqrt(CHARACTERS / width)),
-        "recur": _normal(rng, width, width),
+        "embed": normal(rng, CHARACTERS, width) * np.float32(np.sqrt(CHARACTERS / width)),
+        "recur": normal(rng, width, width),
         "bias": jnp.zeros(width, jnp.float32),
-        "out": _normal(rng, width, CHARACTERS),
+        "out": normal(rng, width, CHARACTERS),
     }
 
     def logits(params: Any, X: Any) -> jax.Array:

@@ -1,7 +1,7 @@
 """Training runs to be tuned: a model, its data, what is tuned and where, all made from one seed.
 
-Those here: KMNIST pooled to 7x7, an MLP 49-32-10 under SGD with momentum; other models are in `more_tasks`.  The test set
-is seen by nobody but the report.
+Those here: KMNIST (or MNIST) pooled to 7x7, an MLP 49-32-10 under SGD with momentum; other models are in `more_tasks`.  The
+test set is seen by nobody but the report.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from koopman_hpo_adapters.numpy import mlp
 
 from koopman_hpo import Space, inner, log, logit
 
-from .problems import Batch, kmnist, pooled, standardised
+from .problems import Batch, kmnist, mnist, pooled, standardised
 
 Array = np.ndarray
 CLASSES, SIZES, MOST_TRAIN, VALIDATE, TEST = 10, (49, 32, 10), 4000, 500, 5000
@@ -93,9 +93,9 @@ class Images(NamedTuple):
     test: Batch
 
 
-def images(data: pathlib.Path, seed: int, pick: Callable[[Array], Array]) -> Images:
-    """KMNIST in the seed's order: `pick` takes training positions from the labels of the first 4,000."""
-    raw, y = kmnist(data)
+def images(data: pathlib.Path, seed: int, pick: Callable[[Array], Array], of: str = "kmnist") -> Images:
+    """KMNIST or MNIST in the seed's order: `pick` takes training positions from the labels of the first 4,000."""
+    raw, y = {"kmnist": kmnist, "mnist": mnist}[of](data)
     order = np.random.default_rng(seed).permutation(len(y))
     X, y = standardised(pooled(raw, 4)[order]), y[order]
     part = lambda a, b: (X[a:b], y[a:b])
@@ -107,18 +107,24 @@ def first(n: int) -> Callable[[Array], Array]:
     return lambda y: np.arange(n)
 
 
-def feed(arrays: tuple[Array, ...], size: int, seed: int) -> Callable[[int], tuple[Array, ...]]:
+class Feed:
     """The batch of a step, whoever asks: an epoch is drawn without replacement."""
-    n, orders = len(arrays[0]), {}
 
-    def batch(t: int) -> tuple[Array, ...]:
-        epoch, k = divmod(t, n // size)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng((seed, epoch)).permutation(n)
-        rows = orders[epoch][k * size : (k + 1) * size]
-        return tuple(a[rows] for a in arrays)
+    def __init__(self, arrays: tuple[Array, ...], size: int, seed: int):
+        self.arrays, self.size, self.seed = arrays, size, seed
+        self._orders: dict[int, Array] = {}
 
-    return batch
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return len(self.arrays[0]) // self.size
+
+    def __call__(self, t: int) -> tuple[Array, ...]:
+        epoch, k = divmod(t, self.steps)
+        if epoch not in self._orders:
+            self._orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(len(self.arrays[0]))
+        rows = self._orders[epoch][k * self.size : (k + 1) * self.size]
+        return tuple(a[rows] for a in self.arrays)
 
 
 def wrong(y: Array, where: Array, seed: int) -> Array:
@@ -134,15 +140,15 @@ def searched(penalty: str = "l2") -> tuple[Space, dict[str, tuple[float, float]]
     return space, {"lr": (1e-4, 10.0), "momentum": (0.01, 0.99), penalty: (1e-6, 0.1)}
 
 
-def plain(data: pathlib.Path, seed: int, noise: float = 0.0, n: int = 2000, size: int = 64) -> Task:
+def plain(data: pathlib.Path, seed: int, noise: float = 0.0, n: int = 2000, size: int = 64, of: str = "kmnist") -> Task:
     """lr, momentum and L2, over 2,000 steps; a share of the training labels random."""
-    d = images(data, seed, first(n))
+    d = images(data, seed, first(n), of)
     where = np.random.default_rng(2000 + seed).random(n) < noise
     return Task(
         mlp(SIZES, seed=seed),
         *searched(),
         2000,
-        feed((d.X[d.train], wrong(d.y[d.train], where, seed)), size, seed),
+        Feed((d.X[d.train], wrong(d.y[d.train], where, seed)), size, seed),
         d.val,
         d.test,
     )
@@ -165,7 +171,7 @@ def sources(data: pathlib.Path, seed: int, q: int, directions: int | None = None
         Space(example_weights=log(np.ones(q), bounds=(1e-3, 3.0))),
         {"example_weights": (1e-3, 3.0)},
         500,
-        feed((d.X[d.train], labels, source), 50, seed),
+        Feed((d.X[d.train], labels, source), 50, seed),
         d.val,
         d.test,
         fixed={"lr": 0.03, "momentum": 0.9},
@@ -190,7 +196,7 @@ def imbalanced(data: pathlib.Path, seed: int, layers: bool = False) -> Task:
         space |= {"lr": log([0.02, 0.02]), "l2": log([1e-4, 1e-4])}
         box |= {"lr": (1e-4, 1.0), "l2": (1e-6, 0.1)}
         del fixed["lr"]
-    batch = feed((d.X[d.train], d.y[d.train]), 32, seed)
+    batch = Feed((d.X[d.train], d.y[d.train]), 32, seed)
     return Task(mlp(SIZES, seed=seed), Space(**space), box, 1000, batch, d.val, d.test, fixed)
 
 

@@ -226,7 +226,9 @@ def same_quality(record: dict[str, Any], setting: str, test: float) -> str:
         if math.isfinite(x := needed(record, setting, m, test))
         else f"{NAMES[m]} not within {number(float(traces(record, setting, m)[0][-1].runs))}"
     )
-    searched = [m for m in ("random", "random, cosine", "tpe", "tpe, cosine", "halving") if m in methods(record)]
+    searched = [
+        m for m in ("random", "random, cosine", "tpe", "tpe, cosine", "halving", "hyperband") if m in methods(record)
+    ]
     return f"Runs for the same quality: {', '.join(say(m) for m in searched)}."
 
 
@@ -263,6 +265,7 @@ LOOK = {
     "tpe": ("#3465a4", "-"),
     "tpe, cosine": ("#3465a4", "--"),
     "halving": ("#73a946", "-"),
+    "hyperband": ("#73a946", "--"),
 }
 OURS = {
     "local": ("#f57900", "o"),

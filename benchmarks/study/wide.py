@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from koopman_hpo import Global, Glocal, Local, Space, Tuner, log
 
 from .problems import kmnist, pooled, standardised
-from .tasks import CLASSES, feed, long_tailed
+from .tasks import CLASSES, Feed, long_tailed
 
 LR, MOMENTUM, DECAY = 0.05, 0.9, 5e-4
 
@@ -96,7 +96,7 @@ def images(data: pathlib.Path, size: Size, seed: int, device: str = "cpu") -> Da
     tail = long_tailed(y[:4000], size.most)
     put = lambda rows: (torch.from_numpy(X[rows]).to(device), torch.from_numpy(y[rows]).to(device))
     train, val, test = put(tail), put(slice(4000, 4000 + size.validate)), put(slice(len(y) - size.test, len(y)))
-    rows = feed((np.arange(len(tail)),), min(size.batch, len(tail)), seed)
+    rows = Feed((np.arange(len(tail)),), min(size.batch, len(tail)), seed)
     return Data(train, val, test, lambda t: tuple(part[rows(t)[0]] for part in train))
 
 

@@ -64,9 +64,14 @@ def test_a_search_is_paid_for_and_training_begins_anew_where_it_ends():
     assert before * 40 == pytest.approx(40 * 2 + (20 + 1) * 3)  # a third of the run, in 20 windows
     (found,) = tuning.one_run("local, search first", t, COST)
     assert found.runs * 120 == pytest.approx(40 * 2 + (20 + 1) * 3 + 120 * 2 + (5 + 1) * 3)
+    hyper |= {"lr": 10 * hyper["lr"], "l2": 5e-3}
     again, _ = methods.tuned(searching.falling(t, hyper), COST, Local(), guard=searching.CAREFUL, outer=outer.adam(0.25))
     assert found[1:] == again[1:]
-    assert 1e-2 < hyper["lr"] < 1  # steps by the default, an eighth a window of 25, would leave it below 1.3e-3
+    assert 1e-1 < hyper["lr"] < 10  # steps by the default, an eighth a window of 25, would leave it below 1.3e-2
+    (control,) = tuning.one_run("local, search, then fixed", t, COST)
+    assert control.runs * 120 == pytest.approx(40 * 2 + (20 + 1) * 3 + 120)
+    fixed = searching.falling(t, hyper)
+    assert control[1:] == methods.train(fixed, fixed.space.phi0)
 
 
 def test_chance_is_what_other_batches_make_of_the_same_start():
@@ -118,7 +123,7 @@ def test_each_run_after_a_search_begins_where_the_one_before_learned_and_the_bes
     monkeypatch.setattr(searching, "search", lambda *_: (1.5, hyper))
     monkeypatch.setattr(searching, "tuned", fake)
     trace = searching.search_first(t, COST, Local(), 3)
-    assert [lr for lr, _ in asked] == pytest.approx([0.3, 0.5, 0.2])
+    assert [lr for lr, _ in asked] == pytest.approx([3.0, 0.5, 0.2])
     for k, (_, X) in enumerate(asked):
         np.testing.assert_array_equal(X, t.batch(k * t.steps)[0])
     before = 1.5 * searching.length(t) / t.steps

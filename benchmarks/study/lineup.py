@@ -44,8 +44,9 @@ FIRST_SEED = 10  # constants were chosen on seeds from 100 on
 GLOBAL_RUNS, BRACKETS, SWEEPS = 8, 6, 2
 ONLINE = ("local", "glocal", "glocal, 5 a window", "local, guarded", "glocal, guarded")
 FALLING = ("local, search first", "local, search, three runs")  # their lr, to zero
+FIXED = "local, search, then fixed"  # the control
 ONLINE += FALLING
-ONE_RUN = ("untuned", "hypergradient descent", *ONLINE, "global")
+ONE_RUN = ("untuned", "hypergradient descent", *ONLINE, FIXED, "global")
 AGAIN = "local, search first, other batches"  # from the middle of the starts
 GUARDED = {"outer": outer.adam(0.25), "guard": Guard(again=0.3, fall=1.0)}  # chosen on seeds from 100 on
 BLACK_BOX = ("random", "random, cosine", "tpe", "tpe, cosine", "halving", "hyperband", "grid", "grid, cosine")
@@ -57,6 +58,7 @@ NAMES = {
     "glocal, guarded": "**glocal, online, guarded, 5 snapshots a window**",
     "local, search first": "**local, online, search first, lr falling**",
     "local, search, three runs": "**local, online, search first, three runs, lr falling**",
+    FIXED: "local, search first, then lr falling and nothing tuned",
     "global": f"true global, {GLOBAL_RUNS} runs",
     "random": "random search",
     "random, cosine": "random search, cosine schedule",
@@ -73,16 +75,16 @@ NAMES = {
 
 def one_run(method: str, task: Task, c: Cost) -> Trace:
     """A method that starts from the task's own setting."""
-    if method == "untuned":
-        return [point(task, task.steps, train(task, task.space.phi0))]
-    if method == "hypergradient descent":
-        return [peers.hypergradient_descent(task)]
-    if method == "local, search first":
-        return searching.search_first(task, c, Local())
-    if method == "local, search, three runs":
-        return searching.search_first(task, c, Local(), searching.RUNS)
-    if method == AGAIN:
-        return searching.again(task, c, Local())
+    others: dict[str, Callable[[], Trace]] = {
+        "untuned": lambda: [point(task, task.steps, train(task, task.space.phi0))],
+        "hypergradient descent": lambda: [peers.hypergradient_descent(task)],
+        "local, search first": lambda: searching.search_first(task, c, Local()),
+        "local, search, three runs": lambda: searching.search_first(task, c, Local(), searching.RUNS),
+        FIXED: lambda: [searching.fixed(task, c, Local())],
+        AGAIN: lambda: searching.again(task, c, Local()),
+    }
+    if method in others:
+        return others[method]()
     settings: dict[str, tuple[Any, dict[str, Any]]] = {
         "local": (Local(), {}),
         "glocal": (Glocal(), {}),

@@ -1,6 +1,7 @@
 """Search first, then train: a short online run finds where to begin and is thrown away; training begins anew from there.
 
-After the search lr falls linearly to zero, and what is tuned is the decay's height: the recipe of docs/tuning.md.
+After the search lr falls linearly to zero from a multiple of what was found, and what is tuned is the decay's height: the
+recipe of docs/tuning.md.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import Any
 
 from koopman_hpo import Guard, Space, log, logit, outer
 
-from .methods import Cost, Trace, standing, tuned
+from .methods import Cost, Point, Trace, point, standing, train, tuned
 from .tasks import Task
 
-# the recipe's; THEN, and what is handed on, were chosen on seeds 20 to 22
+# the recipe's; THEN, PEAK, PENALTY and what is handed on were chosen on seeds 20 to 22
 SHARE, WINDOWS, RATE = 1 / 3, 20, 0.5  # of the run that the search takes, moves in it, and their size
+PEAK = 10.0  # times the rate found: what falls to zero may begin high
+PENALTIES, PENALTY = ("l2", "weight_decay"), 5e-3  # begun there: a search is too short to see what it does
 THEN = 0.25  # the size of moves in the run proper: twice the default
 ORDERS = 5
 RUNS = 3  # that one may well make after a search: with it they cost 5 to 12 plain runs, by task
@@ -24,12 +27,11 @@ CAREFUL = Guard(again=0.3, excess=0.5, chaos_growth=math.inf)  # late flips of a
 
 
 def search_first(task: Task, c: Cost, strategy: Any, runs: int = 1) -> Trace:
-    """What stands after each of the runs that follow the search; of the task's start the lr alone is kept, and its penalty.
+    """What stands after each of the runs that follow the search; of the task's start the lr alone is kept.
 
-    Every run begins with a new model where the one before has learned, and has other orders of the batches.
+    Every further run begins with a new model where the one before has learned, and has other orders of the batches.
     """
-    found, hyper = search(task, c, strategy)
-    spent, trace = found * length(task) / task.steps, []
+    spent, hyper, trace = *searched(task, c, strategy), []
     for k in range(runs):
         now = falling(reordered(task, k), hyper)
         at, result = tuned(now, c, strategy, guard=CAREFUL, outer=outer.adam(THEN))
@@ -44,6 +46,13 @@ def again(task: Task, c: Cost, strategy: Any) -> Trace:
     return [search_first(reordered(task, k), c, strategy)[-1] for k in range(ORDERS)]
 
 
+def fixed(task: Task, c: Cost, strategy: Any) -> Point:
+    """The control: the run after the search with nothing tuned in it."""
+    spent, hyper = searched(task, c, strategy)
+    now = falling(task, hyper)
+    return point(task, spent * task.steps + task.steps, train(now, now.space.phi0))
+
+
 def reordered(task: Task, k: int) -> Task:
     """The task with the batches of k runs later."""
     return replace(task, batch=lambda t: task.batch(t + k * task.steps))
@@ -52,6 +61,13 @@ def reordered(task: Task, k: int) -> Task:
 def length(task: Task) -> int:
     """Steps of the search."""
     return round(SHARE * task.steps)
+
+
+def searched(task: Task, c: Cost, strategy: Any) -> tuple[float, dict[str, Any]]:
+    """What the search costs, in runs of the task, and where the run proper begins."""
+    cost, found = search(task, c, strategy)
+    penalty = {name: PENALTY for name in task.space if name in PENALTIES}
+    return cost * length(task) / task.steps, found | penalty | {"lr": PEAK * found["lr"]}
 
 
 def search(task: Task, c: Cost, strategy: Any) -> tuple[float, dict[str, Any]]:

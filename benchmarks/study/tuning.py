@@ -226,9 +226,7 @@ def same_quality(record: dict[str, Any], setting: str, test: float) -> str:
         if math.isfinite(x := needed(record, setting, m, test))
         else f"{NAMES[m]} not within {number(float(traces(record, setting, m)[0][-1].runs))}"
     )
-    searched = [
-        m for m in ("random", "random, cosine", "tpe", "tpe, cosine", "halving", "hyperband") if m in methods(record)
-    ]
+    searched = [m for m in BLACK_BOX if m in methods(record) and not m.startswith("grid")]
     return f"Runs for the same quality: {', '.join(say(m) for m in searched)}."
 
 

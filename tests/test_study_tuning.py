@@ -7,11 +7,12 @@ import math
 import pathlib
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from koopman_hpo import Global, Glocal, Local, outer
+from koopman_hpo import Global, Glocal, Guard, Local, Space, log, logit, outer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("sklearn")
@@ -72,6 +73,48 @@ def test_a_search_is_paid_for_and_training_begins_anew_where_it_ends():
     assert control.runs * 120 == pytest.approx(40 * 2 + (20 + 1) * 3 + 120)
     fixed = searching.falling(t, hyper)
     assert control[1:] == methods.train(fixed, fixed.space.phi0)
+
+
+def test_a_run_that_stops_early_is_the_best_of_its_windows_ends():
+    t = task(steps=60, window=25, stops=True).starting(lr=2.0)
+    run, ends = t.run(), {}
+    for k in range(60):
+        run.step(t.space.phi0, t.batch(k), tangents=False)
+        ends[k + 1] = t.quality(run.params)
+    assert ends[60].val < ends[25].val < ends[50].val  # an end may be a short window's
+    assert methods.train(t, t.space.phi0) == ends[60]
+    stopped = replace(t, steps=50)
+    assert methods.train(stopped, t.space.phi0) == ends[25]
+    online, result = methods.tuned(stopped, COST, Local(), guard=Guard(excess=math.inf), outer=outer.sgd(1e-12))
+    assert online[1:] == pytest.approx(ends[25], rel=1e-6)
+    assert t.quality(result.params) == pytest.approx(ends[50], rel=1e-6)
+    whole, result = methods.tuned(t, COST, Global(), runs=2)
+    assert whole[1:] == methods.train(t, t.space.phi(result.hyper))
+
+
+def test_a_run_that_diverges_after_a_windows_end_stands_there():
+    t = task(steps=60, window=25, stops=True)
+    wild = lambda phi, k: phi + (600.0 if k >= 30 else 0.0) * (np.arange(3) == 0)
+    short = methods.train(task(steps=25), t.space.phi0)
+    assert methods.train(t, t.space.phi0, wild) == short
+    assert methods.train(task(steps=60), t.space.phi0, wild) == t.failed
+    assert methods.train(t, t.space.phi0 + 600.0 * (np.arange(3) == 0)) == t.failed
+
+
+def test_after_the_search_a_schedule_begins_as_half_a_cosine_and_both_are_paid_for():
+    t = task(steps=120)
+    knots = (0, 40, 80, 120)
+    t = replace(t, space=Space(lr=log(np.full(4, 0.1), knots=knots), momentum=logit(0.9), l2=log(1e-4)))
+    begun = searching.half_cosine(t, {"lr": 0.8, "momentum": 0.6, "l2": 0.015})
+    found = begun.space.natural(begun.space.phi0)
+    assert [*found["lr"], found["momentum"], found["l2"]] == pytest.approx([0.8, 0.6, 0.2, 0.008, 0.6, 0.015])
+    one = COST._replace(tangent=1.5)
+    before, hyper = searching.search(searching.one_rate(t), one, Local())
+    assert before * 40 == pytest.approx(40 * 1.5 + (20 + 1) * 3)
+    at = searching.then_knots(t, COST, one, Local(), peak=2.0, penalty=0.02)
+    assert at.runs * 120 == pytest.approx(before * 40 + 120 * 2 + (5 + 1) * 3)
+    begun = searching.half_cosine(t, hyper | {"lr": 2 * hyper["lr"], "l2": 0.02})
+    assert at[1:] == methods.tuned(begun, COST, Local(), outer=outer.adam(0.25))[0][1:]
 
 
 def test_chance_is_what_other_batches_make_of_the_same_start():
@@ -539,3 +582,37 @@ def test_the_wide_network_is_the_published_one_and_its_class_weights_are_tuned(m
     rows = [wide.row((m, 0), None, size, "cpu") for m in wide.METHODS]
     assert [line[0] for line in wide.lines(rows)] == list(wide.METHODS)
     assert all(np.isfinite(r["found"]).all() for r in rows)
+
+
+def test_schedules_are_searched_for_first_and_the_losses_own_hyperparameters_are_remembered_longer(monkeypatch):
+    plain = task(steps=120)
+    knotted = replace(plain, space=Space(**{**plain.space, "lr": log(np.full(3, 0.1), knots=(0, 60, 120))}))
+    made = {"schedule": knotted, "augmentation": plain, "classes": plain}
+    monkeypatch.setattr(crossing, "TASKS", {name: lambda data, seed, t=t: t for name, t in made.items()})
+    one = COST._replace(tangent=1.5)
+    costs = dict.fromkeys(made, COST) | {crossing.ONE_RATE: one}
+    found = lambda name, method: crossing.row((name, 10, method, 0), None, costs)["point"]
+    then = lambda **begun: methods.rounded(searching.then_knots(knotted, COST, one, Local(), **begun))
+    assert found("schedule", "search") == then()
+    assert found("schedule", "higher") == then(peak=20.0, penalty=0.015) != then()
+    kept = lambda **settings: methods.rounded(methods.tuned(plain, COST, Local(), **settings)[0])
+    assert found("augmentation", "local") == kept(forget=0.997) != kept()
+    assert found("classes", "local") == kept()
+    assert {"search", "higher"} <= {*crossing.ours("schedule")}
+    assert not {"search", "higher"} & {*crossing.ours("classes")}
+
+
+def test_each_table_of_the_crossing_names_its_own_seeds():
+    rows = [
+        {"task": f"sources-{q}", "seed": 10, "method": m, "point": [1, 1, 1, 1]}
+        for q in crossing.SOURCES
+        for m in crossing.ours(f"sources-{q}")
+    ]
+    rows += [
+        {"task": "classes", "seed": s, "method": m, "point": [1, 1, 1, 1]}
+        for s in (10, 11)
+        for m in crossing.ours("classes")
+    ]
+    made = record(costs={"classes": [1.0]}, rows=rows)
+    assert crossing.sources_block(made).startswith("One seed.")
+    assert crossing.tasks_block(made).startswith("Means over 2 seeds.")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .networks import classifier, cross_entropy, normal
+from .networks import classifier, convolved, cross_entropy, normal
 from .tasks import CLASSES
 
 SIDE, WIDTH = 14, 32
@@ -48,8 +48,7 @@ def warped(X: jax.Array, shift: jax.Array, angle: jax.Array, scale: jax.Array, s
 
 def blurred(X: jax.Array) -> jax.Array:
     """Means over 3x3 pixels, zeros around."""
-    P = jnp.pad(X, ((0, 0), (1, 1), (1, 1)))
-    return sum(P[:, i : i + SIDE, j : j + SIDE] for i in range(3) for j in range(3)) / 9
+    return convolved(X[..., None], jnp.full((3, 3, 1, 1), 1 / 9, X.dtype))[..., 0]
 
 
 def augmented(X: jax.Array, strengths: jax.Array, draws: jax.Array, noise: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from koopman_hpo import Global, Glocal, Local
 
-from . import blackbox, more_tasks
+from . import blackbox, more_tasks, searching
 from .methods import Cost, cost, curve, point, rounded, seeds, train, tuned
 from .page import canvas, percent, table
 from .settings import Settings
@@ -28,7 +28,10 @@ TASKS: dict[str, Callable[..., Task]] = {
     "augmentation": more_tasks.augmentation,
     "weighted": more_tasks.weighted,
 }
+ONE_RATE = "lr, momentum, L2, noisy labels (q = 3)"  # what a search before a schedule tunes
 NEED_JAX = ("augmentation", "weighted")
+MEMORY = 0.997  # kept of the tangents a step where these are tuned: they act on all that a run becomes
+HIGHER = {"peak": 20.0, "penalty": 0.015}  # where a schedule begins under noisy labels: twice and three times the recipe's
 LABELS = {
     "classes": "class weights, long-tailed (q = 10)",
     "layers": "class weights, lr and L2 a layer, long-tailed (q = 14)",
@@ -48,6 +51,8 @@ NAMES = {
     "directions-16": "local, online, 16 random tangents",
     "directions-64": "local, online, 64 random tangents",
     "glocal": "glocal, online",
+    "search": "local, online, search first",
+    "higher": "local, online, search first, begun higher",
     "global": "true global, 10 runs",
     "random": "random search",
     "tpe": "TPE",
@@ -57,7 +62,7 @@ NAMES = {
 def ours(name: str) -> tuple[str, ...]:
     """What is tried on a task."""
     if not name.startswith("sources"):
-        return ("untuned", "local", "glocal", "global")
+        return ("untuned", "local", "glocal", *(("search", "higher") if name == "schedule" else ()), "global")
     many = {"sources-100": ("directions-16",), "sources-1000": ("directions-16", "directions-64")}
     return ("untuned", "oracle", "local", *many.get(name, ()))
 
@@ -69,6 +74,11 @@ def trials(name: str, method: str, full: bool) -> int:
         return 120 if full else 60
     most = {("random", False): 400, ("random", True): 3500, ("tpe", False): 250, ("tpe", True): 350}[method, full]
     return min(most, max(20, 4 * q if q < MANY else most))
+
+
+def several(name: str, full: bool) -> range:
+    """The seeds of a task."""
+    return range(FIRST_SEED, FIRST_SEED + (5 if full else 2 if name.startswith("sources") else 4))
 
 
 def row(job: tuple[str, int, str, int], data: Any, costs: dict[str, Cost]) -> dict[str, Any]:
@@ -86,21 +96,25 @@ def row(job: tuple[str, int, str, int], data: Any, costs: dict[str, Cost]) -> di
     if method.startswith("directions"):
         s = int(method.split("-")[1])
         return out | {"point": rounded(tuned(sources(data, seed, task.space.q, s), costs[f"{name}-{s}"], Local())[0])}
+    if method in ("search", "higher"):
+        begun = HIGHER if method == "higher" else {}
+        return out | {"point": rounded(searching.then_knots(task, c, costs[ONE_RATE], Local(), **begun))}
     strategy, settings = OURS[method]
-    return out | {"point": rounded(tuned(task, c, strategy, **settings)[0])}
+    memory = {"forget": MEMORY} if name in NEED_JAX and method != "global" else {}
+    return out | {"point": rounded(tuned(task, c, strategy, **settings, **memory)[0])}
 
 
 def measure(settings: Settings) -> dict[str, Any]:
     if settings.data is None:
         return {}
-    seeds = range(FIRST_SEED, FIRST_SEED + (5 if settings.full else 2))
     todo = [name for name in TASKS if find_spec("jax") or name not in NEED_JAX]
     costs = {name: cost(TASKS[name](settings.data, FIRST_SEED)) for name in todo}
     for q, s in ((100, 16), (MANY, 16), (MANY, 64)):
         costs[f"sources-{q}-{s}"] = cost(sources(settings.data, FIRST_SEED, q, s))
-    searching = ("random", "tpe") if blackbox.HAS_OPTUNA else ("random",)
-    jobs = [(name, seed, m, 0) for name in todo for m in ours(name) for seed in seeds]
-    jobs += [(name, s, m, n) for name in todo for m in searching if (n := trials(name, m, settings.full)) for s in seeds]
+    costs[ONE_RATE] = cost(searching.one_rate(scheduled(settings.data, FIRST_SEED)))
+    searches = ("random", "tpe") if blackbox.HAS_OPTUNA else ("random",)
+    tried = {name: [(m, 0) for m in ours(name)] + [(m, trials(name, m, settings.full)) for m in searches] for name in todo}
+    jobs = [(name, seed, m, n) for name in todo for seed in several(name, settings.full) for m, n in tried[name]]
     jobs.sort(key=lambda job: -job[3])  # the long ones first
     rows = settings.map(partial(row, data=settings.data, costs=costs), jobs)
     return {"costs": {name: rounded(c) for name, c in costs.items()}, "rows": rows}
@@ -165,18 +179,24 @@ def line(record: dict[str, Any], name: str, method: str) -> list[Any]:
     return [*shown, *(most(record, name, m, k * runs) for k in (1, 10) for m in ("random", "tpe"))]
 
 
+def of(record: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The rows of some tasks alone."""
+    return {"results": {"rows": [r for r in record["results"]["rows"] if r["task"] in names]}}
+
+
 def sources_block(record: dict[str, Any]) -> str:
     if not record["data"]:
         return "Not measured: no data was given."
     rows = [[f"{q:,}", *line(record, f"sources-{q}", m)] for q in SOURCES for m in ours(f"sources-{q}")]
-    return f"{seeds(record)}\n\n{table(['q', 'method', *HEADS], rows)}"
+    return f"{seeds(of(record, [f'sources-{q}' for q in SOURCES]))}\n\n{table(['q', 'method', *HEADS], rows)}"
 
 
 def tasks_block(record: dict[str, Any]) -> str:
     if not record["data"]:
         return "Not measured: no data was given."
     made = [n for n in LABELS if n in record["results"]["costs"]]
-    return "\n\n".join(table([LABELS[n], *HEADS], [line(record, n, m) for m in ours(n)]) for n in made)
+    tables = [table([LABELS[n], *HEADS], [line(record, n, m) for m in ours(n)]) for n in made]
+    return "\n\n".join([seeds(of(record, made)), *tables])
 
 
 def verdict_block(record: dict[str, Any]) -> str:

@@ -88,13 +88,19 @@ def own(task: Task, strategy: Any, windows: int = 6) -> tuple[float, float]:
 
 
 def train(task: Task, phi: Array, at: Callable[[Array, int], Array] | None = None) -> Quality:
-    """A plain run with phi (q,), or with `at(phi, t)` at step t."""
-    run = task.run()
+    """What stands of a plain run with phi (q,), or with `at(phi, t)` at step t; early stopping's looks are not counted."""
+    run, lowest, stands = task.run(), math.inf, None
     with np.errstate(all="ignore"):
         for t in range(task.steps):
             if not math.isfinite(run.step(phi if at is None else at(phi, t), task.batch(t), tangents=False)):
-                return task.failed
-    return task.quality(run.params)
+                break
+            if task.stops and ((t + 1) % task.window == 0 or t + 1 == task.steps):
+                value = float(task.model.outer(run.params, {}, task.val)[0])
+                if value < lowest:
+                    lowest, stands = value, run.params
+        else:
+            stands = stands if task.stops else run.params
+    return task.failed if stands is None else task.quality(stands)
 
 
 def cosine(task: Task) -> Callable[[Array, int], Array]:
@@ -125,7 +131,14 @@ def tuned(task: Task, c: Cost, strategy: Any, **settings: Any) -> tuple[Point, A
     )
     estimates = isinstance(strategy, Glocal) and tuner.window // (tuner.every or 1) >= LEAST_SNAPSHOTS
     spent += len(result.history) * (c.closing + estimates * c.estimating)
-    return point(task, spent, task.quality(result.params)), result
+    return point(task, spent, _stands(task, tuner.mode, result)), result
+
+
+def _stands(task: Task, mode: str, result: Any) -> Quality:
+    """Of a tuned run; with early stopping a setting that was tuned for whole runs is trained once more, uncounted."""
+    if not task.stops:
+        return task.quality(result.params)
+    return train(task, task.space.phi(result.hyper)) if mode == "restart" else task.quality(result.best.params)
 
 
 def standing(trace: Trace) -> Trace:

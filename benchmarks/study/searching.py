@@ -10,6 +10,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from koopman_hpo import Guard, Space, log, logit, outer
 
 from .methods import Cost, Point, Trace, point, standing, train, tuned
@@ -63,11 +65,36 @@ def length(task: Task) -> int:
     return round(SHARE * task.steps)
 
 
-def beginning(task: Task, c: Cost, strategy: Any) -> tuple[float, dict[str, Any]]:
+def beginning(
+    task: Task, c: Cost, strategy: Any, peak: float = PEAK, penalty: float = PENALTY
+) -> tuple[float, dict[str, Any]]:
     """What the search costs, in runs of the task, and where the run proper begins."""
     cost, found = search(task, c, strategy)
-    penalty = {name: PENALTY for name in task.space if name in PENALTIES}
-    return cost * length(task) / task.steps, found | penalty | {"lr": PEAK * found["lr"]}
+    begun = {name: penalty for name in task.space if name in PENALTIES}
+    return cost * length(task) / task.steps, found | begun | {"lr": peak * found["lr"]}
+
+
+def one_rate(task: Task) -> Task:
+    """The task, whose lr has knots, with one lr to search for."""
+    return replace(task, space=Space(**{**task.space, "lr": log(0.01)}))
+
+
+def then_knots(task: Task, c: Cost, c_one: Cost, strategy: Any, peak: float = PEAK, penalty: float = PENALTY) -> Point:
+    """A search for one rate, whose steps cost c_one, then a run of the task, whose lr has knots, begun as half a cosine."""
+    spent, hyper = beginning(one_rate(task), c_one, strategy, peak, penalty)
+    at, _ = tuned(half_cosine(task, hyper), c, strategy, outer=outer.adam(THEN))
+    return at._replace(runs=spent + at.runs)
+
+
+def half_cosine(task: Task, hyper: dict[str, Any]) -> Task:
+    """The task from these hyperparameters, the knots of its lr begun as half a cosine under hyper's, with a hundredth at
+    its end."""
+    knots = task.space["lr"].knots
+    share = 0.5 + 0.5 * np.cos(np.pi * np.array(knots) / task.steps)
+    lr = log(hyper["lr"] * np.maximum(share, 0.01), bounds=task.space["lr"].bounds, knots=knots)
+    momentum = logit(hyper["momentum"], bounds=MOMENTUM)
+    rest = {name: value for name, value in hyper.items() if name != "lr"}
+    return replace(task, space=Space(**{**task.space.replace(**rest), "lr": lr, "momentum": momentum}))
 
 
 def search(task: Task, c: Cost, strategy: Any) -> tuple[float, dict[str, Any]]:

@@ -47,6 +47,7 @@ class Task:
     oracle: Mapping[str, Any] = field(default_factory=dict)  # values known to be good, where the task has them
     window: int = 25
     classes: int | None = CLASSES  # of the labels; None: a regression
+    stops: bool = False  # early stopping: of a run stands the window's end with the lowest validation loss
 
     @property
     def chance(self) -> float:

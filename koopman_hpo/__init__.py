@@ -21,6 +21,7 @@ from .history import History
 from .hyperparameters import Hyperparameter, box, identity, log, logit
 from .inner import Inner
 from .problem import Hypergradient, Problem
+from .recipe import Searched, search_first
 from .space import Space
 from .strategies import Global, Glocal, Local
 from .tuner import Result, Tuner
@@ -44,6 +45,7 @@ __all__ = [
     "NotFrozenError",
     "Problem",
     "Result",
+    "Searched",
     "ShapeError",
     "Space",
     "Tuner",
@@ -57,5 +59,6 @@ __all__ = [
     "log",
     "logit",
     "outer",
+    "search_first",
     "trajectory",
 ]

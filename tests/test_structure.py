@@ -28,7 +28,7 @@ LAYERS = [
     {"closing", "resume"},
     {"final"},
     {"tuner"},
-    {"checkpoint"},
+    {"checkpoint", "recipe"},
 ]
 TOP = {"__init__", "cli", "demo", "doctor", "report"}  # the package's face, and the command line with what it runs
 CORE = {"numpy", "numba", "scipy", "koopman_hpo"}

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from koopman_hpo import Global, Glocal, Guard, Local, Space, log, logit, outer
+from koopman_hpo import Global, Glocal, Guard, Local, Space, inner, log, logit, outer, recipe, search_first
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("sklearn")
@@ -65,14 +65,15 @@ def test_a_search_is_paid_for_and_training_begins_anew_where_it_ends():
     assert before * 40 == pytest.approx(40 * 2 + (20 + 1) * 3)  # a third of the run, in 20 windows
     (found,) = tuning.one_run("local, search first", t, COST)
     assert found.runs * 120 == pytest.approx(40 * 2 + (20 + 1) * 3 + 120 * 2 + (5 + 1) * 3)
-    hyper |= {"lr": 10 * hyper["lr"], "l2": 5e-3}
-    again, _ = methods.tuned(searching.falling(t, hyper), COST, Local(), guard=searching.CAREFUL, outer=outer.adam(0.25))
+    begun = replace(t, space=recipe.falling(t.space, hyper, 120))
+    again, _ = methods.tuned(begun, COST, Local(), guard=recipe.CAREFUL, outer=outer.adam(0.25))
     assert found[1:] == again[1:]
-    assert 1e-1 < hyper["lr"] < 10  # steps by the default, an eighth a window of 25, would leave it below 1.3e-2
+    whole = search_first(lambda space: inner.sgd(t.model, space), t.space, t.batch, [t.val], steps=120)
+    assert found[1:] == t.quality(whole.best.params)
+    assert 1e-2 < hyper["lr"] < 1  # steps by the default, an eighth a window of 25, would leave it below 1.3e-2
     (control,) = tuning.one_run("local, search, then fixed", t, COST)
     assert control.runs * 120 == pytest.approx(40 * 2 + (20 + 1) * 3 + 120)
-    fixed = searching.falling(t, hyper)
-    assert control[1:] == methods.train(fixed, fixed.space.phi0)
+    assert control[1:] == methods.train(begun, begun.space.phi0)
 
 
 def test_a_run_that_stops_early_is_the_best_of_its_windows_ends():
@@ -105,7 +106,8 @@ def test_after_the_search_a_schedule_begins_as_half_a_cosine_and_both_are_paid_f
     t = task(steps=120)
     knots = (0, 40, 80, 120)
     t = replace(t, space=Space(lr=log(np.full(4, 0.1), knots=knots), momentum=logit(0.9), l2=log(1e-4)))
-    begun = searching.half_cosine(t, {"lr": 0.8, "momentum": 0.6, "l2": 0.015})
+    height = Space(lr=log(0.8), momentum=logit(0.6), l2=log(0.015))
+    begun = searching.half_cosine(t, height)
     found = begun.space.natural(begun.space.phi0)
     assert [*found["lr"], found["momentum"], found["l2"]] == pytest.approx([0.8, 0.6, 0.2, 0.008, 0.6, 0.015])
     one = COST._replace(tangent=1.5)
@@ -113,7 +115,8 @@ def test_after_the_search_a_schedule_begins_as_half_a_cosine_and_both_are_paid_f
     assert before * 40 == pytest.approx(40 * 1.5 + (20 + 1) * 3)
     at = searching.then_knots(t, COST, one, Local(), peak=2.0, penalty=0.02)
     assert at.runs * 120 == pytest.approx(before * 40 + 120 * 2 + (5 + 1) * 3)
-    begun = searching.half_cosine(t, hyper | {"lr": 2 * hyper["lr"], "l2": 0.02})
+    height = recipe.falling(searching.one_rate(t).space, hyper, 120, peak=2.0, penalty=0.02)
+    begun = searching.half_cosine(t, height)
     assert at[1:] == methods.tuned(begun, COST, Local(), outer=outer.adam(0.25))[0][1:]
 
 
@@ -141,17 +144,6 @@ def test_a_measurement_holds_every_method_from_every_start_and_fills_the_page(mo
     assert {method for method, _ in held} == {*tuning.ONE_RUN, tuning.AGAIN, "random", "random, cosine", "grid"}
     monkeypatch.setattr(tuning, "same_quality", lambda *known: "")
     assert all(block(found).strip() for block in tuning.BLOCKS.values())
-
-
-def test_after_the_search_lr_falls_to_zero_from_where_it_was_found():
-    t = task()
-    hyper = {"lr": 0.3, "momentum": 0.95, "l2": 1e-3}
-    with pytest.raises(ValueError, match=r"bounds .* exclude the start"):
-        searching.falling(t, hyper)
-    last = searching.falling(t, hyper | {"momentum": 0.7}).space
-    assert [last.at(last.phi0, k).values["lr"] for k in (0, 20, 40)] == pytest.approx([0.3, 0.15, 0.0])
-    assert last.natural(last.phi0) == pytest.approx({"lr": 0.3, "momentum": 0.7, "l2": 1e-3})
-    assert last.names == t.space.names
 
 
 def test_each_run_after_a_search_begins_where_the_one_before_learned_and_the_best_stands(monkeypatch):
@@ -604,7 +596,7 @@ def test_schedules_are_searched_for_first_and_the_losses_own_hyperparameters_are
 
 def test_each_table_of_the_crossing_names_its_own_seeds():
     rows = [
-        {"task": f"sources-{q}", "seed": 10, "method": m, "point": [1, 1, 1, 1]}
+        {"task": f"sources-{q}", "seed": 12, "method": m, "point": [1, 1, 1, 1]}
         for q in crossing.SOURCES
         for m in crossing.ours(f"sources-{q}")
     ]

@@ -1,8 +1,9 @@
 """A loop of several runs, for a short training from an unknown learning rate: search first, then train.
 
-A short online run at a constant lr, with large outer steps, finds where to begin and is thrown away.  Training begins anew
-at a multiple of the rate found, which falls linearly to zero and whose height is tuned, and at a penalty rather too strong
-than too weak: a window sees what there is too much of, and not what would pay later.  docs/evidence.md has what it gains.
+A short online run at a constant lr, with large outer steps, finds an lr and a momentum and is thrown away.  Training
+begins anew at a multiple of that lr, which falls linearly to zero and whose height is tuned, and at a penalty rather too
+strong than too weak: a window sees what there is too much of, and not what would pay later.  docs/evidence.md has what it
+gains.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import outer
 from .batches import source
@@ -22,6 +24,7 @@ from .hyperparameters import Hyperparameter
 from .inner import Inner
 from .space import Space
 from .strategies import Local, Strategy
+from .transforms import EDGES, LOGISTIC_EDGES
 from .tuner import Result, Tuner
 
 # chosen on seeds of the study that are not reported
@@ -29,7 +32,7 @@ SHARE, MOVES, RATE = 1 / 3, 20, 0.5  # of a run that the search takes, outer ste
 PEAK, PENALTY = 10.0, 5e-3  # times the rate found; and where a penalty begins
 THEN = 0.25  # the size of outer steps in the runs that follow
 START, MOMENTUM = 0.5, (0.1, 0.9)  # of momentum: a long memory undoes what lr does about noise
-PENALTIES = ("l2", "weight_decay")
+SOUGHT, PENALTIES = ("lr", "momentum"), ("l2", "weight_decay")  # what is handed on of a search, and what begins high
 CAREFUL = Guard(again=0.3, excess=0.5, chaos_growth=math.inf)  # late flips of a hypergradient's sign are noise here
 SEARCHING = replace(CAREFUL, again=1.0)
 CALL = "search_first"
@@ -38,12 +41,12 @@ CALL = "search_first"
 class Searched(NamedTuple):
     """What `search_first` leaves."""
 
-    search: Result  # of the short run; its `learned` is where the others began
+    search: Result  # of the short run; in its `learned` are the lr and the momentum from which the others began
     runs: tuple[Result, ...]  # that followed, in order
 
     @property
     def best(self) -> Result:
-        """The run that ended with the lowest outer loss."""
+        """The run that ended with the lowest outer loss, the search left aside; where all diverged, the first."""
         return min(self.runs, key=lambda result: result.value if math.isfinite(result.value) else math.inf)
 
     @property
@@ -53,31 +56,37 @@ class Searched(NamedTuple):
 
 
 def searching(space: Space) -> Space:
-    """The space that is searched: `space`, momentum begun at .5 and kept within .1 and .9, where it is tuned."""
+    """The space that is searched: `space`, but momentum begins at .5 and is kept within .1 and .9, if it has no knots."""
     entries = dict(space)
     if "momentum" in entries and entries["momentum"].knots is None:
-        entries["momentum"] = _moved(entries["momentum"], np.full(entries["momentum"].value.shape, START), MOMENTUM)
+        entries["momentum"] = _begun(entries["momentum"], START, MOMENTUM)
     return Space(**entries)
 
 
 def falling(
     space: Space, found: Mapping[str, Any], steps: int, *, peak: float = PEAK, penalty: float | None = PENALTY
 ) -> Space:
-    """The space of the runs proper: `searching(space)` begun at `found`, {name: natural value}, with `peak` times its lr,
-    which falls linearly to zero at step `steps`, and penalties begun at `penalty` (None: as found)."""
-    entries = dict(searching(space).replace(**found))
-    entries["lr"] = replace(_moved(entries["lr"], peak * entries["lr"].value), knots=(0, steps), factors=(1.0, 0.0))
+    """The space of the runs proper: `searching(space)`, momentum begun as found, {name: natural value}, and lr at `peak`
+    times the one found, falling linearly to zero at step `steps`; penalties begin at `penalty` (None: as in `space`)."""
+    entries = dict(searching(space).replace(**{name: found[name] for name in SOUGHT if name in found}))
+    lr = _begun(entries["lr"], peak * entries["lr"].value)
+    entries["lr"] = replace(lr, knots=(0, steps), factors=(1.0, 0.0), schedule="linear")
     for name in PENALTIES:
         if penalty is not None and name in entries:
-            entries[name] = _moved(entries[name], np.full(entries[name].value.shape, penalty))
+            entries[name] = _begun(entries[name], penalty)
     return Space(**entries)
 
 
-def _moved(h: Hyperparameter, value: np.ndarray, within: tuple[float, float] | None = None) -> Hyperparameter:
-    """h begun at the value, kept `within` too where its own bounds leave something of that; the value in bounds."""
+def _begun(h: Hyperparameter, at: ArrayLike, within: tuple[float, float] | None = None) -> Hyperparameter:
+    """h begun there, or as near as its bounds allow; kept `within` too, where its own bounds leave something of that."""
     low, high = h.bounds if within is None else (max(h.bounds[0], within[0]), min(h.bounds[1], within[1]))
     low, high = (low, high) if low < high else h.bounds
-    return replace(h, value=np.clip(value, low, high), bounds=(low, high))
+    value, domain = np.clip(np.broadcast_to(at, h.value.shape), low, high), h.transform
+    if not ((value > domain.low) & (value < domain.high)).all():  # an open edge: as near as is still inside
+        with np.errstate(divide="ignore"):
+            phi = np.clip(domain.to_phi(value), *EDGES.get(domain.name, LOGISTIC_EDGES))
+        value = np.clip(domain.to_natural(phi), low, high)
+    return replace(h, value=value, bounds=(low, high))
 
 
 def search_first(
@@ -97,17 +106,20 @@ def search_first(
     """Search for a learning rate in a short run, then train from there with an lr that falls to zero; both tune online.
 
     Args:
-      make: from a `Space` a new run at its start, always the same one; called 1 + `runs` times.
-      space: what is tuned, and from where: lr by `log`, a scalar or one a group, without knots.  Any lr will do to begin
-        with; momentum begins at .5 and is kept within .1 and .9.
+      make: from a `Space` a new run at its start, the model's parameters the same each time: build or seed the model inside
+        it.  Called 1 + `runs` times.
+      space: what is tuned, and from where: lr by `log`, a scalar or one a group, without knots; any will do to begin
+        with.  A momentum without knots begins at .5 and is kept within .1 and .9.  Of the search lr and momentum are handed
+        on; all else, which a search is too short to judge, begins where the space says, and penalties at `penalty`.
       batches, val_batches: as for `Tuner.fit`.  A function of the steps spent is asked for the batches of run k (0, 1, ...)
-        from k * `steps` on, and for those of the search from 0 on.
+        from k * `steps` on, and for those of the search from 0 on; one of the window's number from 0 on in each of them.
+        An iterator goes on from one to the next: what can be read once must hold (`share` + `runs`) * `steps` batches.
       steps: of a run proper.
       runs: that follow the search; each further one begins where the one before has learned (`Result.learned`).
       strategy: an online one; default `Local()`.
-      share: of a run that the search takes.
+      share: of a run that the search takes, in 20 windows or about.
       peak: the lr that begins to fall, over the one found.
-      penalty: where `l2` and `weight_decay` begin after the search; None: where it ended.
+      penalty: where `l2` and `weight_decay` begin after the search, in every group; None: where the space says.
       callbacks: of every tuner.
 
     Returns:
@@ -115,7 +127,7 @@ def search_first(
 
     Raises:
       HyperparameterError: a space without such an lr, or settings that cannot work.  ShapeError: `make` gives no run of the
-        space it was given, or batches make no sense.
+        space it was given, at the start of the same model, or batches make no sense.
     """
     _check(make, space)
     each = whole(CALL, "steps", steps)
@@ -133,15 +145,19 @@ def search_first(
     strategy = Local() if strategy is None else strategy
     if getattr(strategy, "mode", "online") != "online":
         raise HyperparameterError(f"{CALL}: needs an online strategy, got {short(strategy)}. Local() and Glocal() are.")
+    every = tuple(callbacks) if isinstance(callbacks, Iterable) else callbacks
     batch, val = source(CALL, "batches", batches), source(CALL, "val_batches", val_batches)
+    first = searching(space)
+    falling(space, first.natural(first.phi0), each, peak=peak, penalty=penalty)  # what cannot be is refused before training
+    starts: list[np.ndarray] = []
 
-    def tuned(space: Space, first: int, **settings: Any) -> Result:
-        run = _made(make, space)
-        tuner = Tuner(run, strategy, mode="online", callbacks=callbacks, **settings)
-        return tuner.fit(lambda t: batch(first + t), val)
+    def tuned(space: Space, spent: int, **settings: Any) -> Result:
+        run = _made(make, space, starts)
+        tuner = Tuner(run, strategy, mode="online", callbacks=every, **settings)
+        return tuner.fit(lambda t: batch(spent + t), val)
 
-    window = max(1, short_run // MOVES)
-    search = tuned(searching(space), 0, steps=short_run, window=window, guard=SEARCHING, outer=outer.adam(RATE))
+    window = round(short_run / MOVES)
+    search = tuned(first, 0, steps=short_run, window=window, guard=SEARCHING, outer=outer.adam(RATE))
     begin = falling(space, search.learned, each, peak=peak, penalty=penalty)
     found: list[Result] = []
     for k in range(many):
@@ -167,16 +183,30 @@ def _check(make: Any, space: Any) -> None:
         )
 
 
-def _made(make: Callable[[Space], Inner], space: Space) -> Inner:
-    """A new run of that space."""
+def _made(make: Callable[[Space], Inner], space: Space, starts: list[np.ndarray]) -> Inner:
+    """A new run of that space, at the start that the first one had; `starts` remembers it."""
     run = make(space)
     if not isinstance(run, Inner):
         raise ShapeError(f"{CALL}: make must return a run, as inner.sgd(model, space) does, got {short(run)}.")
-    if run.space.labels != space.labels or not np.array_equal(run.space.phi0, space.phi0):
-        raise ShapeError(
-            f"{CALL}: make must return a run of the space that it is given; it returned one of {run.space}. "
-            f"Write lambda space: inner.sgd(model, space)."
-        )
     if run.t != 0:
-        raise ShapeError(f"{CALL}: make must return a run at its start, it returned one at step {run.t}.")
+        raise ShapeError(
+            f"{CALL}: make must return a run at its start, it returned one at step {run.t}. Build a new one in each call."
+        )
+    if run.space is not space and _described(run.space) != _described(space):
+        raise ShapeError(
+            f"{CALL}: make must return a run of the space that it is given; it returned one of {run.space}, or with other "
+            f"bounds or schedules. Write lambda space: inner.sgd(model, space)."
+        )
+    starts.append(np.array(run.params))
+    if not np.array_equal(starts[0], starts[-1], equal_nan=True):
+        raise ShapeError(
+            f"{CALL}: make must begin every run with the same parameters, call {len(starts)} returned others: a model that "
+            f"has been trained already, or drawn anew. Build the model in make, from a seed."
+        )
     return run
+
+
+def _described(space: Space) -> str:
+    """All that two spaces must share to be one."""
+    fields = ("value", "bounds", "knots", "schedule", "factors", "shares")
+    return str([(n, h.transform.name, *(np.asarray(getattr(h, f)).tolist() for f in fields)) for n, h in space.items()])

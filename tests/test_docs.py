@@ -32,7 +32,7 @@ def test_commands_exist(page):
     lines = [line for block in blocks(page, "sh") for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
     for line in lines:
         words = line.split("#")[0].split()
-        if words[:1] == ["make"]:
+        if words[:1] == ["make"] and len(words) > 1:
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
         elif words[:1] == ["koopman-hpo"] and len(words) > 1:
             cli._parser().parse_args(shlex.split(line.split("#")[0])[1:] + (["x"] if words[1:] == ["report"] else []))

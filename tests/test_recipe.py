@@ -15,6 +15,7 @@ from koopman_hpo import (
     ShapeError,
     Space,
     Tuner,
+    box,
     identity,
     inner,
     log,
@@ -127,10 +128,13 @@ def test_what_is_searched_and_where_the_runs_begin():
     assert begun["lr"].value.tolist() == pytest.approx([0.3, 2.0])  # within its bounds
     assert [begun.at(begun.phi0, t).values["lr"].tolist() for t in (45, 90)] == [pytest.approx([0.15, 1.0]), [0, 0]]
     assert begun["weight_decay"].value == 1e-3
-    assert (begun["momentum"].value, begun["momentum"].bounds, begun["shift"].value) == (0.7, (0.3, 0.9), -1.0)
+    assert (begun["momentum"].value, begun["momentum"].bounds) == (0.7, (0.3, 0.9))
+    assert begun["shift"].value == 0.5  # of the search, too short for it, nothing is taken
     kept = recipe.falling(mine, at, 90, peak=3.0, penalty=None)
     assert kept["lr"].value.tolist() == pytest.approx([0.09, 1.5])
-    assert kept["weight_decay"].value == 1e-4
+    assert kept["weight_decay"].value == 1e-5
+    held = recipe.falling(Space(lr=log(1e-3, schedule="constant")), {"lr": 1e-2}, 90)
+    assert [held.at(held.phi0, t).values["lr"] for t in (45, 90)] == pytest.approx([0.05, 0.0])
 
 
 @pytest.mark.parametrize("bounds", [(0.92, 0.99), (0.01, 0.05)])
@@ -140,6 +144,40 @@ def test_bounds_that_leave_nothing_are_the_users(bounds):
     assert recipe.searching(mine)["momentum"].value == min(max(0.5, bounds[0]), bounds[1])
     knotted = Space(lr=log(1e-3), momentum=logit([0.8, 0.9], knots=(0, 50)))
     assert recipe.searching(knotted)["momentum"] is knotted["momentum"]
+
+
+@pytest.mark.parametrize(
+    ("momentum", "penalty"),
+    [
+        (box(0.95, 0.5, 0.99), box(1e-4, 0.0, 1e-3)),
+        (box(0.95, 0.6, 0.99), box(2e-2, 0.01, 0.1)),
+        (box(0.2, 0.0, 0.4), log(1e-6, bounds=(1e-9, 1e-4))),
+        (logit(0.9, shares=(1.0, 0.5)), log([1e-4, 1e-3])),
+        (identity(0.9, bounds=(0.0, 0.95)), identity(0.0, bounds=(0.0, 1.0))),
+    ],
+)
+def test_a_start_beyond_the_bounds_is_as_near_as_they_allow(momentum, penalty):
+    mine = Space(lr=log(1e-3), momentum=momentum, l2=penalty)
+    begun = recipe.falling(mine, {"lr": 1e-2, "momentum": recipe.searching(mine)["momentum"].value}, 90)
+    for name, at in (("momentum", 0.5), ("l2", 5e-3)):
+        low, high = (max(momentum.bounds[0], 0.1), min(momentum.bounds[1], 0.9)) if name == "momentum" else penalty.bounds
+        assert begun[name].bounds == (low, high)
+        assert begun[name].value == pytest.approx(np.clip(at, low, high), rel=1e-9)
+
+
+def test_a_penalty_by_another_name_begins_anew_where_the_space_says():
+    one = mlp((6, 8, 3), seed=0)
+    named = search_first(
+        lambda s: inner.sgd(one, s), Space(lr=log(1e-7), weight_decay=log(1e-4)), batch, [VAL], steps=90, penalty=None
+    )
+    assert named.search.learned["weight_decay"] > 1e-3  # a search from so low an lr takes everything far
+    assert named.best.history.phi[0][1] == pytest.approx(np.log(1e-4))
+
+
+def test_callbacks_that_can_be_read_once_are_called_in_every_run():
+    ends = []
+    search_first(make, space(), batch, [VAL], steps=60, callbacks=(f for f in [lambda tuner: ends.append(tuner.steps)]))
+    assert ends == [20] * 20 + [60] * 3
 
 
 def test_it_takes_any_online_strategy_any_optimizer_and_a_space_of_one():
@@ -188,11 +226,33 @@ def test_wrong_input_is_refused_before_training(change, error, message):
     assert taken == []
 
 
-def test_a_run_that_has_begun_is_refused():
-    def begun(space):
-        run = make(space)
-        run.step(space.phi0, batch(0))
-        return run
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s, k: inner.sgd(MODEL, Space(lr=log(1e-3)).replace(lr=s["lr"].value)), "other bounds or schedules"),
+        (
+            lambda s, k: inner.sgd(mlp((6, 8, 3), seed=k), s),
+            "call 2 returned others: a model that has been trained already",
+        ),
+    ],
+)
+def test_runs_of_another_schedule_or_model_are_refused(change, message):
+    calls = []
 
-    with pytest.raises(ShapeError, match="at its start, it returned one at step 1"):
-        search_first(begun, space(), batch, [VAL], steps=90)
+    def made(space):
+        calls.append(space)
+        return change(space, len(calls))
+
+    with pytest.raises(ShapeError, match=message):
+        search_first(made, Space(lr=log(1e-3)), batch, [VAL], steps=90)
+
+
+def test_a_run_that_has_begun_is_refused():
+    kept = []
+
+    def cached(space):
+        kept.append(kept[0] if kept else make(space))
+        return kept[-1]
+
+    with pytest.raises(ShapeError, match="at its start, it returned one at step 30"):
+        search_first(cached, space(), batch, [VAL], steps=90)

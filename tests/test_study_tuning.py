@@ -506,11 +506,34 @@ def test_the_verdict_speaks_of_the_tasks_measured_and_of_their_worst_start():
     said = tuning.verdict_block(found)
     assert said.count("\n") + 1 == len(tuning.ONLINE)
     assert "20 random runs reach 0.900, as good from 4 of 5 starts; the worst start loses 50 % to the best." in said
-    last = "diabetes, a regression | +33.3 % | +33.3 % | 50 % | 2.00 | not within its runs | cost |"
+    last = "diabetes, a regression | +33.3 % | +33.3 % | 50 % | 50 % | 2.00 | not within its runs | cost |"
     assert tuning.goal_block(found).splitlines()[-1] == f"| local, search, three runs | {last}"
     assert "KMNIST" not in tuning.table_block(found) + tuning.cost_block(found)
     assert "MNIST, LeNet" in tuning.missing_block(found)
     assert len(tuning.FIGURES["evidence_tuning.png"](found).axes) == 3
+
+
+def test_starts_are_compared_on_the_mean_over_seeds_for_a_seeds_own_spread_has_chance_in_it():
+    rows = tuning_rows("tabular", 0.8)
+    for seed, worst in ((11, 1e-4), (12, 1.0)):  # another start is the unlucky one
+        rows += [r | {"seed": seed} for r in tuning_rows("tabular", 0.8)]
+        for r in rows:
+            if r["seed"] == seed and r["start"] == worst:
+                r["trace"] = [[2.0, 0.5, 1.2, 0.7]]
+    goal = tuning.distance(record(rows=rows), "tabular", "local")
+    assert goal.lost == pytest.approx((0.8 + 0.8 + 1.2) / 2.4 - 1)
+    assert goal.own == pytest.approx((0 + 0.5 + 0.5) / 3)
+
+
+def test_searching_first_is_held_against_true_global_from_the_starts_that_both_have():
+    rows = tuning_rows("tabular", 0.9)
+    for r in rows:
+        if r["method"] == "global":
+            r["trace"] = [[8.0, 0.5, {1e-4: 0.7, 1e-2: 1.0, 1.0: 1.0}[r["start"]], 0.7]]
+        if r["start"] in (1e-3, 1e-1):
+            r["trace"] = [[2.0, 0.5, 99.0, 0.7]]
+    said = tuning.whole_block(record(costs={"tabular": [2.0, 3.0, 0.1, 1.0, 1.0]}, rows=rows))
+    assert f"diabetes, a regression {100 * (2.5 / 2.7 - 1):+.1f} % at 25 % of the cost. Lower in 2 of 3 runs." in said
 
 
 def test_each_part_of_the_goal_is_judged_for_itself_and_falling_lr_against_falling_lr():

@@ -157,7 +157,7 @@ def verdict_block(record: dict[str, Any]) -> str:
         goal = twenty(record, setting)
         for method in (m for m in ONLINE if m in methods(record)):
             test = by_start(record, setting, method)
-            lost = lost_to_best(test)
+            lost = distance(record, setting, method).lost
             reached = int(np.sum(test.mean(axis=0) <= goal))
             line = (
                 f"- {TASKS[setting].label}, {method}: {test.mean():.3f} at the cost of "
@@ -171,7 +171,14 @@ def verdict_block(record: dict[str, Any]) -> str:
 
 def goal_block(record: dict[str, Any]) -> str:
     """Of each way to run online and each task, how far it is from the three parts of the goal."""
-    heads = ["", "task", "worst start, on 20 random runs", "on 20 with a cosine schedule", "behind the best start"]
+    heads = [
+        "",
+        "task",
+        "worst start, on 20 random runs",
+        "on 20 with a cosine schedule",
+        "behind the best start",
+        "a seed's",
+    ]
     rows: list[list[Any]] = []
     for method in (m for m in ONLINE if m in methods(record)):
         for setting in measured(record):
@@ -179,7 +186,8 @@ def goal_block(record: dict[str, Any]) -> str:
             to = [f"{100 * x:+.1f} %" for x in (goal.constant, goal.cosine)]
             reached = ", ".join(name for name, there in goal.reached(method).items() if there)
             costs = goal.cost, goal.rival if math.isfinite(goal.rival) else "not within its runs"
-            rows.append([method, TASKS[setting].label, *to, percent(goal.lost), *costs, reached or "-"])
+            behind = percent(goal.lost), percent(goal.own)
+            rows.append([method, TASKS[setting].label, *to, *behind, *costs, reached or "-"])
     return table([*heads, "cost, runs", "TPE's for that", "reached"], rows)
 
 
@@ -188,7 +196,8 @@ class Goal(NamedTuple):
 
     constant: float  # how far the worst start, on the mean over seeds, ends above 20 random runs
     cosine: float  # the same of 20 whose lr falls
-    lost: float  # what the worst of a seed's runs loses to the best
+    lost: float  # what the worst start loses to the best, both on the mean over seeds
+    own: float  # what the worst of a seed's runs loses to its best, mean over seeds: chance is in it
     cost: float
     rival: float  # what TPE needs for the same test loss, its lr falling if this one's does
 
@@ -203,7 +212,8 @@ def distance(record: dict[str, Any], setting: str, method: str) -> Goal:
     above = (float(test.mean(axis=0).max() / twenty(record, setting, s) - 1) for s in ("random", "random, cosine"))
     rival = "tpe, cosine" if falls else "tpe"
     needs = needed(record, setting, rival, float(test.mean())) if rival in methods(record) else math.inf
-    return Goal(*above, lost_to_best(test), float(np.mean(by_start(record, setting, method, "runs"))), needs)
+    starts = lost_to_best(test.mean(axis=0, keepdims=True))
+    return Goal(*above, starts, lost_to_best(test), float(np.mean(by_start(record, setting, method, "runs"))), needs)
 
 
 def lost_to_best(test: np.ndarray) -> float:
@@ -218,6 +228,20 @@ def chance_block(record: dict[str, Any]) -> str:
         tests = np.array([[p.test for p in t] for t in traces(record, setting, AGAIN)])
         said.append(f"{TASKS[setting].label} {100 * lost_to_best(tests):.1f} %")
     return f"Search first, five times from lr {STARTS[2]:g} with other orders of the batches: {'; '.join(said)}."
+
+
+def whole_block(record: dict[str, Any]) -> str:
+    """Search first against true global, from the starts that both have."""
+    method, rows = "local, search first", []
+    for setting in measured(record):
+        both = [STARTS.index(start) for start in starts_of("global")]
+        ours, whole = by_start(record, setting, method)[:, both], by_start(record, setting, "global")
+        share = np.mean(by_start(record, setting, method, "runs")) / np.mean(by_start(record, setting, "global", "runs"))
+        rows.append((TASKS[setting].label, ours.mean() / whole.mean() - 1, share, int(np.sum(ours < whole)), whole.size))
+    said = "; ".join(f"{label} {100 * gain:+.1f} % at {percent(share)} of the cost" for label, gain, share, *_ in rows)
+    lower, size = sum(r[3] for r in rows), sum(r[4] for r in rows)
+    name = NAMES["global"]
+    return f"`search_first`, test loss on that of {name}, from the same starts: {said}. Lower in {lower} of {size} runs."
 
 
 def same_quality(record: dict[str, Any], setting: str, test: float) -> str:
@@ -335,6 +359,7 @@ BLOCKS = {
     "tuning.cost": cost_block,
     "tuning.table": table_block,
     "tuning.goal": goal_block,
+    "tuning.whole": whole_block,
     "tuning.chance": chance_block,
     "tuning.verdict": verdict_block,
     "tuning.rivals": rivals_block,

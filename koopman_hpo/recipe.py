@@ -147,8 +147,6 @@ def search_first(
         raise HyperparameterError(f"{CALL}: needs an online strategy, got {short(strategy)}. Local() and Glocal() are.")
     every = tuple(callbacks) if isinstance(callbacks, Iterable) else callbacks
     batch, val = source(CALL, "batches", batches), source(CALL, "val_batches", val_batches)
-    first = searching(space)
-    falling(space, first.natural(first.phi0), each, peak=peak, penalty=penalty)  # what cannot be is refused before training
     starts: list[np.ndarray] = []
 
     def tuned(space: Space, spent: int, **settings: Any) -> Result:
@@ -157,7 +155,7 @@ def search_first(
         return tuner.fit(lambda t: batch(spent + t), val)
 
     window = round(short_run / MOVES)
-    search = tuned(first, 0, steps=short_run, window=window, guard=SEARCHING, outer=outer.adam(RATE))
+    search = tuned(searching(space), 0, steps=short_run, window=window, guard=SEARCHING, outer=outer.adam(RATE))
     begin = falling(space, search.learned, each, peak=peak, penalty=penalty)
     found: list[Result] = []
     for k in range(many):

@@ -45,22 +45,27 @@ def make(space):
     return inner.sgd(MODEL, space)
 
 
-def test_it_is_two_tuners_one_after_the_other_bit_for_bit():
-    found = search_first(make, space(), batch, [VAL], steps=120)
-    searched = Space(lr=log(1e-3), momentum=logit(0.5, bounds=(0.1, 0.9)), l2=log(1e-4))
+@pytest.mark.parametrize("lr", [1e-3, 30.0])
+def test_it_is_two_tuners_one_after_the_other_bit_for_bit(lr):
+    guards = []
+    found = search_first(make, space(lr), batch, [VAL], steps=120, callbacks=[lambda tuner: guards.append(tuner.guard)])
+    assert any(found.search.history.event) == (lr > 1)  # the guard has to do
+    searched = Space(lr=log(lr), momentum=logit(0.5, bounds=(0.1, 0.9)), l2=log(1e-4))
     careful = Guard(again=1.0, excess=0.5, chaos_growth=math.inf)
     search = Tuner(make(searched), Local(), steps=40, window=2, guard=careful, outer=outer.adam(0.5)).fit(batch, [VAL])
     np.testing.assert_array_equal(found.search.params, search.params)
     at = search.learned
-    lr = log(10 * at["lr"], knots=(0, 120), factors=(1, 0))
-    begun = Space(lr=lr, momentum=logit(at["momentum"], bounds=(0.1, 0.9)), l2=log(5e-3))
+    height = log(10 * at["lr"], knots=(0, 120), factors=(1, 0))
+    begun = Space(lr=height, momentum=logit(at["momentum"], bounds=(0.1, 0.9)), l2=log(5e-3))
     careful = Guard(again=0.3, excess=0.5, chaos_growth=math.inf)
     (run,) = found.runs
+    assert [guard.again for guard in guards] == [1.0] * 20 + [0.3] * 5
+    assert guards[-1] == careful
     want = Tuner(make(begun), Local(), steps=120, guard=careful, outer=outer.adam(0.25)).fit(batch, [VAL])
     np.testing.assert_array_equal(run.params, want.params)
     assert found.best is run
     assert found.steps == 40 + 120
-    again = search_first(make, space(), batch, [VAL], steps=120)
+    again = search_first(make, space(lr), batch, [VAL], steps=120)
     np.testing.assert_array_equal(again.best.params, run.params)
 
 

@@ -63,6 +63,11 @@ def searching(space: Space) -> Space:
     return Space(**entries)
 
 
+def window(steps: int) -> int:
+    """Inner steps of a search of so many steps between its moves."""
+    return max(1, round(steps / MOVES))
+
+
 def falling(
     space: Space, found: Mapping[str, Any], steps: int, *, peak: float = PEAK, penalty: float | None = PENALTY
 ) -> Space:
@@ -154,8 +159,8 @@ def search_first(
         tuner = Tuner(run, strategy, mode="online", callbacks=every, **settings)
         return tuner.fit(lambda t: batch(spent + t), val)
 
-    window = round(short_run / MOVES)
-    search = tuned(searching(space), 0, steps=short_run, window=window, guard=SEARCHING, outer=outer.adam(RATE))
+    moves = {"window": window(short_run), "outer": outer.adam(RATE)}
+    search = tuned(searching(space), 0, steps=short_run, guard=SEARCHING, **moves)
     begin = falling(space, search.learned, each, peak=peak, penalty=penalty)
     found: list[Result] = []
     for k in range(many):

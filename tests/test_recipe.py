@@ -97,6 +97,12 @@ def test_further_runs_begin_where_the_last_learned_with_the_batches_that_follow(
     np.testing.assert_array_equal(found.runs[1].params, tuner.fit(lambda t: batch(60 + t), [VAL]).params)
 
 
+def test_a_search_makes_about_twenty_moves():
+    moves = [-(-steps // recipe.window(steps)) for steps in (20, 29, 39, 40, 200, 333, 667)]
+    assert moves == [20, 29, 20, 20, 20, 20, 21]
+    assert recipe.window(5) == 1
+
+
 def test_a_list_is_cycled_and_a_loader_goes_on_from_run_to_run():
     some = [batch(t) for t in range(7)]
     listed = search_first(make, space(), some, [VAL], steps=60)

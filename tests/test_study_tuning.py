@@ -68,12 +68,17 @@ def test_a_search_is_paid_for_and_training_begins_anew_where_it_ends():
     begun = replace(t, space=recipe.falling(t.space, hyper, 120))
     again, _ = methods.tuned(begun, COST, Local(), guard=recipe.CAREFUL, outer=outer.adam(0.25))
     assert found[1:] == again[1:]
-    whole = search_first(lambda space: inner.sgd(t.model, space), t.space, t.batch, [t.val], steps=120)
-    assert found[1:] == t.quality(whole.best.params)
     assert 1e-2 < hyper["lr"] < 1  # steps by the default, an eighth a window of 25, would leave it below 1.3e-2
     (control,) = tuning.one_run("local, search, then fixed", t, COST)
     assert control.runs * 120 == pytest.approx(40 * 2 + (20 + 1) * 3 + 120)
     assert control[1:] == methods.train(begun, begun.space.phi0)
+
+
+@pytest.mark.parametrize("steps", [120, 117])  # the second has windows of another length, by rounding
+def test_what_the_study_measures_is_what_the_library_does(steps):
+    t = task(steps=steps).starting(lr=1e-3)
+    whole = search_first(lambda space: inner.sgd(t.model, space), t.space, t.batch, [t.val], steps=steps)
+    assert searching.search_first(t, COST, Local())[-1][1:] == t.quality(whole.best.params)
 
 
 def test_a_run_that_stops_early_is_the_best_of_its_windows_ends():

@@ -1,8 +1,7 @@
 """Further runs to be tuned: a small LeNet and a recurrent network, both in JAX, and a regression on a table.
 
 All under SGD with momentum; lr, momentum and an L2 penalty are tuned, from boxes as on KMNIST.  Then two MLPs in JAX whose
-training loss has ten hyperparameters, which alone are tuned; with 300 images they overfit, and training stops early.  They
-begin where the loss is rather too much regularised than too little: a window sees what to take back, not what is missing.
+training loss has ten hyperparameters, which alone are tuned; with 300 images they overfit, and training stops early.
 """
 
 from __future__ import annotations
@@ -72,12 +71,15 @@ def augmentation(data: pathlib.Path, seed: int, steps: int = 1000, n: int = 300)
         draws, noise = rng.normal(size=(len(y), 10)), rng.normal(size=X.shape)
         return X, y, draws.astype(np.float32), noise.astype(np.float32)
 
-    space = Space(strengths=log(np.full(10, 0.3), bounds=(1e-3, 3.0)))
+    space = Space(strengths=log(np.full(10, 0.1), bounds=(1e-3, 3.0)))
     return _alone("augmentation", space, {"strengths": (0.01, 3.0)}, seed, steps, batch, val, test)
 
 
 def weighted(data: pathlib.Path, seed: int, steps: int = 1000, n: int = 300) -> Task:
-    """Weights of ten further terms of the loss, some of use and some not; 300 images, 30 % of their labels random."""
+    """Weights of ten further terms of the loss, some of use and some not; 300 images, 30 % of their labels random.
+
+    They begin high: a window sees which of them to take back, and not which would pay later.
+    """
     train, val, test = few(data, seed, n, 0.3)
     rng = np.random.default_rng((seed, 2))
     meaningless = rng.normal(size=(n, 49)).astype(np.float32)

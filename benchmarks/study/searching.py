@@ -64,8 +64,8 @@ def beginning(task: Task, c: Cost, strategy: Any) -> tuple[float, Task]:
 
 def search(task: Task, c: Cost, strategy: Any) -> tuple[float, dict[str, Any]]:
     """What the search costs, in runs of its length, and the hyperparameters that it finds."""
-    window = max(1, length(task) // recipe.MOVES)
-    short = replace(task, space=recipe.searching(task.space), steps=length(task), window=window)
+    steps = length(task)
+    short = replace(task, space=recipe.searching(task.space), steps=steps, window=recipe.window(steps))
     at, result = tuned(short, c, strategy, guard=recipe.SEARCHING, outer=outer.adam(recipe.RATE))
     return at.runs, result.learned
 

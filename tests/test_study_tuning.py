@@ -344,6 +344,7 @@ def test_the_losses_own_hyperparameters_agree_with_differences_and_all_of_them_a
             up, down = (trained(phi + sign * step * np.eye(10)[j]).value for sign in (1, -1))
             assert h[j] == pytest.approx((up - down) / (2 * step), rel=1e-6, abs=4e-15 / step)
     assert np.count_nonzero(h) == 10
+    assert t.stops
     np.testing.assert_array_equal(t.batch(3)[-1], t.batch(3)[-1])
 
 

@@ -22,9 +22,9 @@ from .errors import HyperparameterError, ShapeError, number, short, whole
 from .guard import Guard
 from .hyperparameters import Hyperparameter
 from .inner import Inner
+from .settings import form
 from .space import Space
 from .strategies import Local, Strategy
-from .transforms import EDGES, LOGISTIC_EDGES
 from .tuner import Result, Tuner
 
 # chosen on seeds of the study that are not reported
@@ -88,9 +88,7 @@ def _begun(h: Hyperparameter, at: ArrayLike, within: tuple[float, float] | None 
     low, high = (low, high) if low < high else h.bounds
     value, domain = np.clip(np.broadcast_to(at, h.value.shape), low, high), h.transform
     if not ((value > domain.low) & (value < domain.high)).all():  # an open edge: as near as is still inside
-        with np.errstate(divide="ignore"):
-            phi = np.clip(domain.to_phi(value), *EDGES.get(domain.name, LOGISTIC_EDGES))
-        value = np.clip(domain.to_natural(phi), low, high)
+        value = np.clip(domain.to_natural(domain.nearest(value)), low, high)
     return replace(h, value=value, bounds=(low, high))
 
 
@@ -195,7 +193,7 @@ def _made(make: Callable[[Space], Inner], space: Space, starts: list[np.ndarray]
         raise ShapeError(
             f"{CALL}: make must return a run at its start, it returned one at step {run.t}. Build a new one in each call."
         )
-    if run.space is not space and _described(run.space) != _described(space):
+    if form(run.space) != form(space) or not np.array_equal(run.space.phi0, space.phi0):
         raise ShapeError(
             f"{CALL}: make must return a run of the space that it is given; it returned one of {run.space}, or with other "
             f"bounds or schedules. Write lambda space: inner.sgd(model, space)."
@@ -207,9 +205,3 @@ def _made(make: Callable[[Space], Inner], space: Space, starts: list[np.ndarray]
             f"has been trained already, or drawn anew. Build the model in make, from a seed."
         )
     return run
-
-
-def _described(space: Space) -> str:
-    """All that two spaces must share to be one."""
-    fields = ("value", "bounds", "knots", "schedule", "factors", "shares")
-    return str([(n, h.transform.name, *(np.asarray(getattr(h, f)).tolist() for f in fields)) for n, h in space.items()])

@@ -58,17 +58,21 @@ def parts(outer: Any, guard: Any, callbacks: Any, space: Space) -> tuple[Callabl
     return calls
 
 
-def of(tuner: Tuner) -> dict[str, Any]:
-    """What two tuners must share for one to go on where the other stopped."""
-    names = ("mode", "steps", "window", "runs", "forget", "every")
-    space = [
+def form(space: Space) -> list[list[Any]]:
+    """All of a space but where it begins."""
+    return [
         [name, h.transform.name, list(h.bounds), None if h.knots is None else list(map(int, h.knots)), h.schedule]
         + ([] if h.factors is None else [list(h.factors)])
         + ([] if h.shares is None else [{"shares": list(h.shares)}])
-        for name, h in tuner.inner.space.items()
+        for name, h in space.items()
     ]
+
+
+def of(tuner: Tuner) -> dict[str, Any]:
+    """What two tuners must share for one to go on where the other stopped."""
+    names = ("mode", "steps", "window", "runs", "forget", "every")
     return {n: getattr(tuner, n) for n in names} | {
-        "space": space,
+        "space": form(tuner.inner.space),
         "labels": list(tuner.inner.space.labels),
         "inner": str(getattr(tuner.inner, "settings", type(tuner.inner).__name__)),
         "strategy": _described(tuner.strategy),

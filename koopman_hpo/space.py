@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .errors import HyperparameterError, ShapeError, nearest, reals, short
 from .hyperparameters import Hyperparameter
-from .transforms import EDGES, LIMITS, LOGISTIC_EDGES, LOGISTIC_LIMITS
+from .transforms import LIMITS, LOGISTIC_LIMITS
 
 Array = NDArray[Any]
 
@@ -83,12 +83,10 @@ class Space(Mapping[str, Hyperparameter]):
         return f"Space({inside})"
 
     def _bounds(self, side: int) -> Array:
-        """(q,) one side of the box; an open edge lies where the value has come near enough and is still inside."""
+        """(q,) one side of the box."""
         out = np.empty(self.q)
-        with np.errstate(divide="ignore"):
-            for name, h in self._entries.items():
-                edge = h.transform.to_phi(np.float64(h.bounds[side]))
-                out[self._slices[name]] = np.clip(edge, *EDGES.get(h.transform.name, LOGISTIC_EDGES))
+        for name, h in self._entries.items():
+            out[self._slices[name]] = h.transform.nearest(np.float64(h.bounds[side]))
         return out
 
     def _limits(self, side: int) -> Array:

@@ -30,6 +30,11 @@ class Transform:
     to_natural: Callable[[Any], Any] = field(repr=False)
     slope: Callable[[Any], Any] = field(repr=False)  # d natural / d phi as a function of the natural value
 
+    def nearest(self, value: Any) -> Any:
+        """phi of a value in low..high; at an open edge, where a value has come near enough and is still inside."""
+        with np.errstate(divide="ignore"):
+            return np.clip(self.to_phi(value), *EDGES.get(self.name, LOGISTIC_EDGES))
+
 
 LOG = Transform("log", 0.0, math.inf, np.log, np.exp, lambda x: x)
 LOGIT = Transform("logit", 0.0, 1.0, _logit, expit, lambda x: x * (1 - x))

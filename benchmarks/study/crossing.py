@@ -203,15 +203,15 @@ def verdict_block(record: dict[str, Any]) -> str:
     """From how many hyperparameters on ours is out of reach."""
     if not record["data"]:
         return "Not measured: no data was given."
-    searching = [m for m in ("random", "tpe") if any(r["method"] == m for r in record["results"]["rows"])]
+    searches = [m for m in ("random", "tpe") if any(r["method"] == m for r in record["results"]["rows"])]
     better: dict[int, list[int]] = {1: [], 10: []}
     short: dict[int, list[str]] = {1: [], 10: []}
     for q in SOURCES:
         here = reached(record, f"sources-{q}", "local")
         assert here is not None
         for k in (1, 10):
-            tests = {m: searched(record, f"sources-{q}", m, k * here[0]) for m in searching}
-            ends = {m: longest(record, f"sources-{q}", m) for m in searching}
+            tests = {m: searched(record, f"sources-{q}", m, k * here[0]) for m in searches}
+            ends = {m: longest(record, f"sources-{q}", m) for m in searches}
             if all(end is None or here[1] < (end[1] if tests[m] is None else tests[m]) for m, end in ends.items()):
                 better[k].append(q)
             made = [
@@ -221,7 +221,7 @@ def verdict_block(record: dict[str, Any]) -> str:
     listed = lambda qs: ", ".join(f"{q:,}" for q in qs) or "none"
     rest = {k: f", where this tier spent less {', '.join(part)}" if part else "" for k, part in short.items()}
     return (
-        f"One online run with all tangents is better than {' and '.join(NAMES[m] for m in searching)} at equal cost for "
+        f"One online run with all tangents is better than {' and '.join(NAMES[m] for m in searches)} at equal cost for "
         f"q = {listed(better[1])}{rest[1]}; at ten times the cost for q = {listed(better[10])}{rest[10]}."
     )
 
